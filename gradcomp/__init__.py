@@ -1,0 +1,63 @@
+"""Gradient compression between a PyTorch optimizer and the network.
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradcomp.attach(optimizer, model=model, compressor="threshold:density=0.001")
+
+This module is the face of the package: it only hands names on.
+"""
+
+from gradcomp.bucket import DenseRule
+from gradcomp.engine import GradientExchange
+from gradcomp.errors import (
+    ConfigError,
+    GradcompError,
+    GradientError,
+    HandshakeError,
+    PacketError,
+    PeerLost,
+    ReplicaMismatch,
+    StateError,
+    TransportError,
+    TransportTimeout,
+    WorkerFailed,
+)
+from gradcomp.integrations.optimizer import attach
+from gradcomp.interfaces import Compressor, Exchange, Transport
+from gradcomp.packet import Packet
+from gradcomp.registry import (
+    available_compressors,
+    available_exchanges,
+    available_transports,
+    compressor,
+    exchange,
+    transport,
+)
+from gradcomp.version import __version__
+
+__all__ = [
+    "Compressor",
+    "ConfigError",
+    "DenseRule",
+    "Exchange",
+    "GradcompError",
+    "GradientError",
+    "GradientExchange",
+    "HandshakeError",
+    "Packet",
+    "PacketError",
+    "PeerLost",
+    "ReplicaMismatch",
+    "StateError",
+    "Transport",
+    "TransportError",
+    "TransportTimeout",
+    "WorkerFailed",
+    "__version__",
+    "attach",
+    "available_compressors",
+    "available_exchanges",
+    "available_transports",
+    "compressor",
+    "exchange",
+    "transport",
+]

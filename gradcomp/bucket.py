@@ -1,0 +1,260 @@
+"""Parameters <-> buckets <-> messages.
+
+A *bucket* is a run of parameters, in reverse order of registration (about the order in which backward makes their
+gradients), that is exchanged at once. Its *units* are what a compressor sees as one tensor: a parameter by itself, or
+all those joined whose compressor is stateless (the small ones that go dense, or the whole bucket for ``none``). An
+exchange cuts units into *pieces*; a *message* is the packets of some pieces, from one rank (docs/FORMAT.md). State is
+keyed by parameter name and range, never by bucket.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradcomp.errors import ConfigError, PacketError
+from gradcomp.interfaces import Buffer, Compressor
+from gradcomp.options import check_integer
+from gradcomp.packet import Packet
+
+__all__ = ["Bucket", "DenseRule", "Message", "Parameter", "Piece", "Unit", "max_message_bytes", "plan_buckets"]
+
+_COUNTS = struct.Struct("<II")
+_LENGTH = struct.Struct("<Q")
+_ALIGN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRule:
+    """Which parameters are sent uncompressed (``none``, float32): the small and the one-dimensional.
+
+    Biases and BatchNorm's scales are a thousandth of the bytes and much of the accuracy.
+
+    Attributes:
+        min_numel: tensors with fewer elements go dense; lower it to compress more.
+        min_dim: tensors with fewer dimensions go dense; 0 leaves the choice to ``min_numel``.
+    """
+
+    min_numel: int = 1024
+    min_dim: int = 2
+
+    def __post_init__(self) -> None:
+        check_integer("DenseRule", "min_numel", self.min_numel, at_least=0)
+        check_integer("DenseRule", "min_dim", self.min_dim, at_least=0)
+
+    def __call__(self, name: str, tensor: Tensor) -> bool:
+        """Whether ``tensor`` goes dense."""
+        return tensor.dim() < self.min_dim or tensor.numel() < self.min_numel
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the tensor table: what all ranks must agree on about a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    codec: Compressor
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def describe(self) -> str:
+        """The row as text, for the handshake's digest."""
+        return f"{self.name} {list(self.shape)} {self.dtype} {self.codec.config()}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a compressor sees as one tensor.
+
+    Attributes:
+        parameters: positions in the tensor table; several are joined flat, in this order.
+        shape: the parameter's, or ``(numel,)`` for several joined.
+    """
+
+    parameters: tuple[int, ...]
+    shape: tuple[int, ...]
+    codec: Compressor
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous range of a unit, compressed by itself.
+
+    Attributes:
+        unit: position in the bucket's units.
+        start, stop: range of flat elements.
+        shape: the whole unit's, or a run of its rows.
+        owner: the rank that reduces it, or None if every rank does.
+    """
+
+    unit: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    codec: Compressor
+    owner: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters that are exchanged at once, and the units they form.
+
+    Attributes:
+        parameters: positions in the tensor table.
+    """
+
+    index: int
+    parameters: tuple[int, ...]
+    units: tuple[Unit, ...]
+
+
+def plan_buckets(table: Sequence[Parameter], bucket_bytes: int) -> list[Bucket]:
+    """Cut the tensor table, from its end, into buckets of at most ``bucket_bytes`` of float32 (or one tensor)."""
+    groups: list[list[int]] = []
+    filled = 0
+    for position in reversed(range(len(table))):
+        size = 4 * table[position].numel
+        if not groups or filled + size > bucket_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(position)
+        filled += size
+    return [Bucket(i, tuple(group), tuple(_units(table, group))) for i, group in enumerate(groups)]
+
+
+def _units(table: Sequence[Parameter], positions: Sequence[int]) -> list[Unit]:
+    joined: dict[Compressor, list[int]] = {}
+    units = []
+    for position in positions:
+        parameter = table[position]
+        if parameter.codec.stateless:
+            joined.setdefault(parameter.codec, []).append(position)
+        else:
+            units.append(Unit((position,), parameter.shape, parameter.codec))
+    for codec, members in joined.items():
+        units.append(Unit(tuple(members), (sum(table[m].numel for m in members),), codec))
+    return units
+
+
+def tensor_table(
+    named: Sequence[tuple[str, Tensor]], codec: Compressor, dense: Callable[[str, Tensor], bool]
+) -> list[Parameter]:
+    """The tensor table, in registration order.
+
+    Raises:
+        ConfigError: a parameter that is not float32, float16 or bfloat16, or a name that occurs twice.
+    """
+    from gradcomp.compressors.cast import NoCompression
+
+    plain = NoCompression()
+    table: list[Parameter] = []
+    seen: set[str] = set()
+    for name, tensor in named:
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ConfigError(f"parameter {name!r} is {tensor.dtype}; float32, float16 and bfloat16 can be exchanged")
+        if name in seen:
+            raise ConfigError(f"parameter name {name!r} occurs twice")
+        seen.add(name)
+        chosen = codec if codec.stateless or not dense(name, tensor) else plain
+        table.append(Parameter(name, tuple(tensor.shape), tensor.dtype, chosen))
+    return table
+
+
+@dataclass(frozen=True)
+class Message:
+    """The packets of some pieces, from one rank.
+
+    Attributes:
+        packets: one a piece; None where the sender had no gradient.
+        present: for each of the bucket's parameters, whether the sender had a gradient.
+    """
+
+    packets: tuple[Packet | None, ...]
+    present: tuple[bool, ...]
+
+    def buffers(self) -> list[Buffer]:
+        """The message's bytes, in parts that may be sent without a copy."""
+        head = _COUNTS.pack(len(self.packets), len(self.present)) + _bitmap(self.present)
+        sizes = [0 if packet is None else packet.nbytes for packet in self.packets]
+        head += bytes(-len(head) % _ALIGN) + b"".join(_LENGTH.pack(size) for size in sizes)
+        parts: list[Buffer] = [head]
+        for packet, size in zip(self.packets, sizes, strict=True):
+            if packet is not None:
+                parts += packet.buffers()
+                if size % _ALIGN:
+                    parts.append(bytes(-size % _ALIGN))
+        return parts
+
+    @property
+    def packet_bytes(self) -> int:
+        """Bytes of the packets, without the message's own head."""
+        return sum(packet.nbytes for packet in self.packets if packet is not None)
+
+    @classmethod
+    def parse(cls, data: memoryview, pieces: Sequence[Piece], parameters: int, device: torch.device) -> Message:
+        """The message in ``data``, which must hold ``pieces`` of a bucket of so many ``parameters``.
+
+        Raises:
+            PacketError: anything malformed, before anything it asks for is allocated.
+        """
+        bits = (parameters + 7) // 8
+        lengths_at = _COUNTS.size + bits + -(_COUNTS.size + bits) % _ALIGN
+        packets_at = lengths_at + _LENGTH.size * len(pieces)
+        if len(data) < packets_at:
+            raise PacketError(f"message of {len(data)} bytes is shorter than its head of {packets_at}")
+        counts = _COUNTS.unpack_from(data)
+        if counts != (len(pieces), parameters):
+            raise PacketError(f"message holds {counts} pieces and parameters, expected {(len(pieces), parameters)}")
+        present = tuple(bool(data[_COUNTS.size + i // 8] >> (i % 8) & 1) for i in range(parameters))
+        if bytes(data[_COUNTS.size : lengths_at]) != _bitmap(present) + bytes(lengths_at - _COUNTS.size - bits):
+            raise PacketError("message has bits set in its padding")
+        sizes = [_LENGTH.unpack_from(data, lengths_at + _LENGTH.size * i)[0] for i in range(len(pieces))]
+        if any(size > len(data) for size in sizes) or packets_at + sum(map(_padded, sizes)) != len(data):
+            raise PacketError(f"message of {len(data)} bytes does not hold packets of {sizes} bytes")
+        packets: list[Packet | None] = []
+        at = packets_at
+        for piece, size in zip(pieces, sizes, strict=True):
+            if size > piece.codec.max_nbytes(piece.numel):
+                raise PacketError(f"packet of {size} bytes for {piece.numel} elements is over the most there can be")
+            packet = Packet.from_bytes(data[at : at + size], numel=piece.numel, device=device) if size else None
+            packets.append(packet)
+            if any(data[at + size : at + _padded(size)]):
+                raise PacketError("message has bytes set in its padding")
+            at += _padded(size)
+        return cls(tuple(packets), present)
+
+
+def _bitmap(flags: Sequence[bool]) -> bytes:
+    packed = bytearray((len(flags) + 7) // 8)
+    for i, flag in enumerate(flags):
+        packed[i // 8] |= flag << (i % 8)
+    return bytes(packed)
+
+
+def _padded(size: int) -> int:
+    return size + -size % _ALIGN
+
+
+def max_message_bytes(pieces: Sequence[Piece], parameters: int) -> int:
+    """The longest message that can hold these pieces."""
+    head = _COUNTS.size + (parameters + 7) // 8 + _ALIGN + _LENGTH.size * len(pieces)
+    return head + sum(_padded(piece.codec.max_nbytes(piece.numel)) for piece in pieces)

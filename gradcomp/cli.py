@@ -1,0 +1,143 @@
+"""The command line: ``gradcomp train | worker | compressors | demo | bench``.
+
+Exit status: 0 done, 1 a worker or a benchmark failed, 2 the command line or an option is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gradcomp.errors import ConfigError, GradcompError
+from gradcomp.version import __version__
+
+if TYPE_CHECKING:
+    from gradcomp.integrations.worker import RunOptions
+
+__all__ = ["main"]
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name; ``sys.argv`` if None) and return its exit status."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.run is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(arguments.run(arguments, rest))
+    except ConfigError as error:
+        print(f"gradcomp: {error}", file=sys.stderr)
+        return USAGE
+    except GradcompError as error:
+        print(f"gradcomp: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("gradcomp: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gradcomp", description="Train across slow links with compressed gradients.")
+    parser.add_argument("--version", action="version", version=f"gradcomp {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = argparse.ArgumentParser(add_help=False)
+    run.add_argument("task", metavar="TASK", help="a Python file or a module with a function task()")
+    run.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an argument for task(); repeatable",
+    )
+    run.add_argument("--compressor", metavar="SPEC", default="threshold", help="default: %(default)s")
+    run.add_argument("--transport", metavar="SPEC", default="zmq", help="default: %(default)s")
+    run.add_argument("--exchange", metavar="SPEC", default="auto", help="default: %(default)s")
+    run.add_argument("--epochs", type=int, metavar="N", help="in place of the task's own")
+    run.add_argument(
+        "--batch-size", type=int, metavar="N", help="samples a worker takes per step, in place of the task's own"
+    )
+    run.add_argument("--seed", type=int, metavar="N", default=0, help="default: %(default)s")
+    run.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="default: %(default)s")
+    run.add_argument("--log", metavar="FILE", help="write one JSON object a step")
+    run.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    run.add_argument("--quiet", action="store_true", help="no progress")
+    run.add_argument("--summary", help=argparse.SUPPRESS)  # where the demo finds a run's result
+    run.add_argument("--label", default="", help="what the progress starts with; default: the compressor")
+
+    train = commands.add_parser("train", parents=[run], help="train a task in worker processes on this machine")
+    train.add_argument("--workers", type=int, metavar="N", default=2, help="default: %(default)s")
+    train.set_defaults(run=_train)
+
+    worker = commands.add_parser("worker", parents=[run], help="be one worker; for torchrun on many hosts")
+    worker.add_argument(
+        "--launched", action="store_true", help=argparse.SUPPRESS
+    )  # by `train`, which explains failures
+    worker.set_defaults(run=_worker)
+
+    listing = commands.add_parser("compressors", help="list compressors with their options and defaults")
+    listing.set_defaults(run=_compressors)
+
+    demo = commands.add_parser("demo", help="train a CNN over slow links, dense beside compressed (2 to 3 minutes)")
+    demo.add_argument("--out", metavar="FILE", default="gradcomp-demo.png", help="the picture; default: %(default)s")
+    demo.add_argument("--seed", type=int, metavar="N", default=0, help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="benchmarks", add_help=False)
+    bench.add_argument("name", choices=("all-gather",), help="what to measure")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _options(arguments: argparse.Namespace) -> RunOptions:
+    from gradcomp.integrations.worker import RunOptions
+
+    fields = {name: getattr(arguments, name) for name in RunOptions.__dataclass_fields__}
+    return RunOptions(**(fields | {"settings": tuple(arguments.settings)}))
+
+
+def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from gradcomp.integrations.launch import launch
+
+    options = _options(arguments)
+    options.check()
+    launch(options.to_arguments(), workers=arguments.workers)
+    return DONE
+
+
+def _worker(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from gradcomp.integrations.worker import work
+
+    return work(_options(arguments), launched=arguments.launched)
+
+
+def _compressors(arguments: argparse.Namespace, rest: list[str]) -> int:
+    import gradcomp
+
+    for name in gradcomp.available_compressors():
+        found = gradcomp.compressor(name)
+        options = {key: value for key, value in found.config().items() if key != "id"}
+        about = (type(found).__doc__ or "").strip().partition("\n")[0]
+        print(f"{name:12}{about}")
+        for key, value in options.items():
+            print(f"{'':12}  {key}={json.dumps(value)}")
+    return DONE
+
+
+def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from gradcomp.integrations.demo import demo
+
+    demo(out=arguments.out, seed=arguments.seed)
+    return DONE
+
+
+def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from gradcomp.bench.all_gather import main as all_gather
+
+    return int(all_gather(rest) or DONE)

@@ -1,0 +1,69 @@
+"""One-bit compression: a sign for every element and two scales for every block.
+
+F. Seide, H. Fu, J. Droppo, G. Li, D. Yu, "1-bit stochastic gradient descent and its application to data-parallel
+distributed training of speech DNNs", Interspeech 2014.
+
+With ``acc = grad + residual``, cut into blocks of ``block`` elements: a negative element is decoded as the mean of its
+block's negative elements, any other as the mean of the others, and ``residual = acc - decoded``. Two scales and not
+one: with one, an element whose gradient is always 0 would be moved at every step.
+
+Wire: a BITS packet. For each block float32 mean of the negatives, float32 mean of the others (0 where there are none);
+then a bit for each element, 1 if it is negative, eight to a byte, lowest bits first. With blocks of 1024 that is 1.06
+bits an element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradcomp import kernels
+from gradcomp.compressors import flat_gradient
+from gradcomp.errors import ConfigError, PacketError
+from gradcomp.interfaces import Compressor, State
+from gradcomp.options import check_integer
+from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
+
+__all__ = ["OneBit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneBit(Compressor):
+    """Send one bit an element, and the means that the two values of the bit stand for.
+
+    State: ``residual`` (float32, flat).
+
+    Attributes:
+        block: elements that share two scales; a multiple of 8. Larger: fewer bytes, coarser scales.
+    """
+
+    id: ClassVar[str] = "onebit"
+    block: int = 1024
+
+    def __post_init__(self) -> None:
+        check_integer("onebit", "block", self.block, at_least=8, at_most=MAX_BLOCK)
+        if self.block % 8:
+            raise ConfigError(f"onebit: block={self.block} is not allowed; block must be a multiple of 8")
+
+    def encode(self, grad: Tensor, state: State | None = None) -> Packet:
+        flat = flat_gradient(grad)
+        found = kernels.encode_bits(flat, None if state is None else state["residual"], self.block)
+        if isinstance(found, float):
+            return Packet.nonfinite(found, flat.numel(), flat.device)
+        scales, bits = found
+        payload = torch.cat([scales.view(-1).view(torch.uint8), bits])
+        return Packet(kind=Kind.BITS, numel=flat.numel(), payload=payload, block=self.block)
+
+    def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
+        packet.require(Kind.BITS)
+        if packet.block != self.block:
+            raise PacketError(f"packet has blocks of {packet.block}; this compressor's have {self.block}")
+        scales_nbytes = 8 * -(-packet.numel // self.block)
+        scales = packet.payload[:scales_nbytes].view(torch.float32).view(-1, 2) * scale
+        kernels.add_bits(out, scales, packet.payload[scales_nbytes:], self.block)
+
+    def max_nbytes(self, numel: int) -> int:
+        return HEADER_NBYTES + 8 * -(-numel // self.block) + -(-numel // 8)

@@ -1,0 +1,126 @@
+"""The one exchange thread: it moves all buckets under way while the training thread goes on with backward."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gradcomp.errors import TransportError
+from gradcomp.interfaces import Incoming, Transport
+from gradcomp.telemetry import StepRecord
+
+__all__ = ["Driver"]
+
+Steps = Generator[Sequence[Incoming], None, None]
+
+
+@dataclass
+class _Bucket:
+    steps: Steps
+    record: StepRecord
+    submitted: float
+    awaited: Sequence[Incoming] = ()
+    deadline: float = 0.0
+
+
+class Driver:
+    """Runs exchanges as coroutines: whichever has what it waits for goes on, a new bucket before all others.
+
+    New buckets come first so that their packets are on the wire while earlier ones are still coming in.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._new: deque[_Bucket] = deque()
+        self._active: list[_Bucket] = []
+        self._unfinished = 0
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="gradcomp-exchange", daemon=True)
+        self._thread.start()
+
+    def submit(self, steps: Steps, record: StepRecord) -> None:
+        """Start an exchange.
+
+        Raises:
+            GradcompError: what an earlier exchange failed with.
+        """
+        with self._transport.arrival:
+            self._check()
+            self._unfinished += 1
+            self._new.append(_Bucket(steps, record, time.perf_counter()))
+            self._transport.arrival.notify_all()
+
+    def drain(self) -> None:
+        """Wait until everything submitted is done. Bounded: each exchange has the transport's timeout for each step.
+
+        Raises:
+            GradcompError: what an exchange failed with.
+        """
+        with self._transport.arrival:
+            while self._unfinished and self._error is None and not self._stopped:
+                if not self._thread.is_alive():
+                    raise TransportError("the exchange thread is gone")
+                self._transport.arrival.wait(1.0)
+            self._check()
+
+    def stop(self) -> None:
+        """End the thread; what is under way is dropped."""
+        with self._transport.arrival:
+            self._stopped = True
+            self._transport.arrival.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5.0)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._stopped:
+            raise TransportError("this exchange is closed")
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            try:
+                while (bucket := self._next()) is not None:
+                    self._advance(bucket)
+            except BaseException as error:
+                with self._transport.arrival:
+                    self._error = error
+                    self._transport.arrival.notify_all()
+
+    def _next(self) -> _Bucket | None:
+        """The next bucket that can go on; None when stopped."""
+        with self._transport.arrival:
+            while not self._stopped:
+                if self._new:
+                    bucket = self._new.popleft()
+                    self._active.append(bucket)
+                    return bucket
+                for bucket in self._active:
+                    if any(i.failed for i in bucket.awaited) or all(i.done for i in bucket.awaited):
+                        return bucket
+                deadline = min((bucket.deadline for bucket in self._active), default=None)
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    # wait() knows how to say what is missing.
+                    return next(bucket for bucket in self._active if bucket.deadline == deadline)
+                self._transport.arrival.wait(left)
+            return None
+
+    def _advance(self, bucket: _Bucket) -> None:
+        if bucket.awaited:
+            self._transport.wait(bucket.awaited, timeout_s=0.0)
+        try:
+            bucket.awaited = next(bucket.steps)
+            bucket.deadline = time.monotonic() + self._transport.timeout_s
+        except StopIteration:
+            with self._transport.arrival:
+                bucket.record.under_way.append((bucket.submitted, time.perf_counter()))
+                self._active.remove(bucket)
+                self._unfinished -= 1
+                self._transport.arrival.notify_all()

@@ -1,0 +1,1 @@
+"""How packets meet: one exchange a file."""

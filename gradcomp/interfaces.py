@@ -1,0 +1,317 @@
+"""The plug-in contracts on one page: Compressor, Transport, Exchange.
+
+A compressor turns a tensor into a packet, a transport carries bytes between ranks, an exchange decides who sends what
+to whom. Each is an immutable config (a frozen, keyword-only dataclass); what must last between steps lives in a plain
+dict of tensors (:data:`State`), what lives on the network in the transport's connection.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from gradcomp.errors import TransportTimeout
+from gradcomp.options import Configured
+
+if TYPE_CHECKING:
+    from gradcomp.bucket import Message, Piece, Unit
+    from gradcomp.packet import Packet
+
+__all__ = ["Buffer", "Compressor", "Exchange", "Incoming", "Slot", "State", "Transport", "Work"]
+
+State = dict[str, Tensor]
+Buffer = bytes | bytearray | memoryview
+
+
+class Compressor(Configured, ABC):
+    """Turns gradients into packets. Immutable: what it remembers is the state dict it is handed.
+
+    A subclass writes :meth:`encode`, :meth:`decode_add` and :meth:`max_nbytes`. With error feedback it also calls
+    ``super().new_state`` (which makes the residual), or replaces :meth:`commit` when more than the residual changes.
+    ``gradcomp.testing.check_compressor`` checks the whole contract.
+
+    Attributes:
+        stateless: encodes each element by itself and remembers nothing, so tensors may be joined and cut anywhere.
+    """
+
+    stateless: ClassVar[bool] = False
+
+    def new_state(self, grad: Tensor) -> State:
+        """What must last between steps for a tensor like ``grad``.
+
+        Returns:
+            ``{"residual": float32 zeros, flat, grad.numel()}`` on grad's device; ``{}`` if stateless.
+        """
+        if self.stateless:
+            return {}
+        return {"residual": torch.zeros(grad.numel(), dtype=torch.float32, device=grad.device)}
+
+    @abstractmethod
+    def encode(self, grad: Tensor, state: State | None = None) -> Packet:
+        """The packet for ``grad`` plus the residual. Changes neither: :meth:`commit` does, once the step is sure.
+
+        Args:
+            grad: float32, float16 or bfloat16, any shape, contiguous. Element-wise compressors see it flat.
+            state: from :meth:`new_state`, or None for one shot without error feedback.
+
+        Returns:
+            A packet; ``Packet.nonfinite`` if the gradient or its sum with the residual holds NaN or Inf, except
+            where the encoding carries such values itself (``stateless`` ones do).
+        """
+
+    @abstractmethod
+    def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
+        """``out += scale * decoded`` for a packet of this compressor's own kind, without a dense temporary.
+
+        Args:
+            out: flat float32, ``packet.numel`` elements.
+
+        Raises:
+            PacketError: another kind of packet, or indices that are not strictly increasing and below numel; ``out``
+                is then unchanged.
+        """
+
+    @abstractmethod
+    def max_nbytes(self, numel: int) -> int:
+        """The most bytes a packet for ``numel`` elements can have: what a receiver is ready to take."""
+
+    def typical_nbytes(self, numel: int) -> int:
+        """Bytes to expect of a packet; from the config alone, so that all ranks choose the same exchange."""
+        return self.max_nbytes(numel)
+
+    def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
+        """Make ``state`` what it is after ``packet`` = ``encode(grad, state)`` was sent: residual += grad - decoded."""
+        residual = state.get("residual")
+        if residual is not None:
+            residual.add_(grad.reshape(-1))
+            self.decompress_add(packet, residual, -1.0)
+
+    @final
+    def compress(self, grad: Tensor, state: State | None = None) -> Packet:
+        """Encode ``grad`` and update ``state`` in place: ``grad + residual == decompress(packet) + new residual``.
+
+        A non-finite gradient leaves ``state`` alone and gives a packet that decodes to non-finite values.
+        """
+        packet = self.encode(grad, state)
+        if state is not None and not packet.is_nonfinite:
+            self.commit(grad, packet, state)
+        return packet
+
+    @final
+    def decompress(self, packet: Packet) -> Tensor:
+        """The decoded packet: float32, flat, ``packet.numel`` elements, on the packet's device."""
+        out = torch.zeros(packet.numel, dtype=torch.float32, device=packet.device)
+        self.decompress_add(packet, out)
+        return out
+
+    @final
+    def decompress_add(self, packet: Packet, out: Tensor, scale: float = 1.0) -> None:
+        """``out += scale * decoded``, in place, without a dense temporary.
+
+        Args:
+            out: float32, contiguous, ``packet.numel`` elements, on the packet's device.
+            scale: multiplied in float32 before the addition.
+
+        Raises:
+            PacketError: the packet is not this compressor's, or does not decode; ``out`` is then unchanged.
+            ValueError: ``out`` has the wrong size, dtype or layout.
+        """
+        if out.numel() != packet.numel or out.dtype != torch.float32 or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous float32 with {packet.numel} elements; "
+                f"got {out.dtype}, {out.numel()} elements, contiguous={out.is_contiguous()}"
+            )
+        flat = out.view(-1)
+        if packet.is_nonfinite:
+            flat += packet.scalar * scale
+        else:
+            self.decode_add(packet, flat, scale)
+
+    def stats(self, packet: Packet, state: State | None = None) -> dict[str, float]:
+        """Numbers worth showing about what was just sent, e.g. ``{"density": 0.001, "tau": 2e-4}``."""
+        return {}
+
+
+class Slot(NamedTuple):
+    """Where a message belongs: every (sender, slot) is sent at most once in a run."""
+
+    step: int
+    bucket: int
+    stage: int
+
+
+class Incoming(ABC):
+    """A message on its way here."""
+
+    peer: int
+    slot: Slot
+
+    @property
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether :meth:`result` would return or raise at once."""
+
+    @property
+    @abstractmethod
+    def failed(self) -> bool:
+        """Whether :meth:`result` would raise at once."""
+
+    @abstractmethod
+    def result(self) -> memoryview:
+        """The whole message, contiguous.
+
+        Raises:
+            PeerLost: the sender is gone.
+            TransportError: the sender broke the protocol, or this transport was closed.
+        """
+
+
+class Transport(Configured, ABC):
+    """Carries messages between ranks, whole and in order of nothing but their slots.
+
+    A connection lasts from :meth:`connect` to :meth:`close`. Sending never blocks; receiving is asking for an
+    :class:`Incoming` and waiting for it. ``gradcomp.testing.check_transport`` checks the whole contract.
+
+    Attributes:
+        rank: this process's rank, in 0..world_size-1.
+        world_size: number of ranks.
+        timeout_s: how long a blocking call may take, in seconds.
+        arrival: notified whenever an Incoming becomes done; hold it to wait for several things at once.
+        bytes_sent, bytes_received: everything put on and taken off the wire for data, headers included.
+    """
+
+    rank: int
+    world_size: int
+    timeout_s: float
+    arrival: threading.Condition
+    bytes_sent: int
+    bytes_received: int
+
+    @abstractmethod
+    def connect(self, hello: Mapping[str, str | int | bytes], *, max_message_bytes: int) -> None:
+        """Meet the other ranks and make sure that all of them said the same ``hello``.
+
+        Args:
+            hello: what every rank must agree on, field by field (see :mod:`gradcomp.handshake`).
+            max_message_bytes: no message is longer; a peer that sends a longer one is cut off.
+
+        Raises:
+            HandshakeError: a rank said something else; names the first field that differs, on every rank.
+            TransportTimeout: a rank did not come within ``timeout_s``; names the missing ranks.
+        """
+
+    @abstractmethod
+    def send(self, peer: int, slot: Slot, parts: Sequence[Buffer]) -> None:
+        """Send the concatenation of ``parts`` to ``peer``; returns at once.
+
+        The parts must not change until :meth:`close`: they may be read without a copy.
+
+        Raises:
+            PeerLost: ``peer`` is gone.
+            TransportError: not connected, or closed.
+        """
+
+    @abstractmethod
+    def recv(self, peer: int, slot: Slot) -> Incoming:
+        """Ask for the message ``peer`` sends to ``slot``; returns at once, whether it is here or not."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave: tell the peers, let what was sent get out, free everything. Bounded; may be called twice."""
+
+    @final
+    def wait(self, incoming: Sequence[Incoming], *, timeout_s: float | None = None) -> list[memoryview]:
+        """The messages of ``incoming``, when all are here.
+
+        Args:
+            timeout_s: how long to wait, in seconds; None for the transport's own ``timeout_s``.
+
+        Raises:
+            TransportTimeout: not all were here in time; names the ranks that are missing.
+            PeerLost: as :meth:`Incoming.result`.
+        """
+        patience = self.timeout_s if timeout_s is None else timeout_s
+        with self.arrival:
+            # A failure is reported at once: the others that are missing may be waiting for us in turn.
+            self.arrival.wait_for(lambda: any(i.failed for i in incoming) or all(i.done for i in incoming), patience)
+        for i in incoming:
+            if i.failed:
+                i.result()
+        missing = [i for i in incoming if not i.done]
+        if missing:
+            slot, peers = missing[0].slot, ", ".join(str(i.peer) for i in missing)
+            raise TransportTimeout(
+                f"rank {self.rank}: nothing from rank {peers} for step {slot.step}, bucket {slot.bucket}, "
+                f"stage {slot.stage} within {self.timeout_s:g} s"
+            )
+        return [i.result() for i in incoming]
+
+    @final
+    def all_gather(self, slot: Slot, payload: Buffer) -> list[memoryview]:
+        """Every rank's ``payload`` for ``slot``, in rank order. Blocks; raises as :meth:`wait`."""
+        peers = [peer for peer in range(self.world_size) if peer != self.rank]
+        incoming = [self.recv(peer, slot) for peer in peers]
+        for peer in peers:
+            self.send(peer, slot, [payload])
+        found = dict(zip(peers, self.wait(incoming), strict=True))
+        return [memoryview(payload) if peer == self.rank else found[peer] for peer in range(self.world_size)]
+
+
+class Work(ABC):
+    """One bucket on its way, as an exchange sees it. The engine makes it; an exchange only calls it.
+
+    A *piece* is a contiguous range of one tensor (or of several joined ones) that is compressed by itself; a *message*
+    is the packets of some pieces, from one rank.
+    """
+
+    rank: int
+    world_size: int
+    pieces: Sequence[Piece]
+
+    @abstractmethod
+    def encode(self, pieces: Sequence[Piece]) -> Message:
+        """Compress this rank's gradient of ``pieces``."""
+
+    @abstractmethod
+    def reduce(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> Message:
+        """Add up one message a rank, in rank order, and compress the sum again, with a residual of its own."""
+
+    @abstractmethod
+    def deliver(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> None:
+        """Make the sum of ``messages``, in the order given, the gradient of ``pieces``, on this rank."""
+
+    @abstractmethod
+    def send(self, peer: int, stage: int, message: Message) -> None:
+        """Send ``message`` to ``peer``; returns at once."""
+
+    @abstractmethod
+    def recv(self, peer: int, stage: int) -> Incoming:
+        """Ask for ``peer``'s message of ``stage``."""
+
+    @abstractmethod
+    def parse(self, pieces: Sequence[Piece], incoming: Incoming) -> Message:
+        """The message that came in, checked against the pieces it must hold.
+
+        Raises:
+            PacketError: anything malformed.
+        """
+
+
+class Exchange(Configured, ABC):
+    """How packets meet: who sends which pieces to whom."""
+
+    @abstractmethod
+    def cut(self, units: Sequence[Unit], world_size: int) -> list[Piece]:
+        """Cut a bucket's units into pieces, the same on every rank, in order, covering every element once."""
+
+    @abstractmethod
+    def run(self, work: Work) -> Generator[Sequence[Incoming], None, None]:
+        """Exchange one bucket. Yield what must be here before going on; other buckets move in the meantime.
+
+        Every rank must call :meth:`Work.deliver` for every piece exactly once, with the same packets in the same order.
+        """

@@ -1,0 +1,111 @@
+"""Making replicas equal at the start, and proving that they still are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import xxhash
+from torch import Tensor
+
+from gradcomp.errors import PacketError, ReplicaMismatch
+from gradcomp.interfaces import Incoming, Slot, Transport
+
+__all__ = ["BROADCAST_CHUNK_BYTES", "broadcast", "check_equal"]
+
+BROADCAST_CHUNK_BYTES = 8 << 20
+# Bucket numbers no bucket has, so that these messages never meet a gradient's.
+DIGEST_BUCKET = 0xFFFF_FFFF
+BROADCAST_BUCKET = 0xFFFF_FFFE
+
+
+def broadcast(transport: Transport, tensors: Sequence[Tensor]) -> None:
+    """Overwrite ``tensors`` on every rank by rank 0's, in place. Sends only digests where they are equal already.
+
+    Rank 0 sends each other rank a part, and they pass the parts on: each link carries each byte about once.
+
+    Raises:
+        TransportError: as the transport's.
+    """
+    mine = _digest(tensors)
+    everyone = transport.all_gather(Slot(0, BROADCAST_BUCKET, 0), mine)
+    if all(bytes(digest) == mine for digest in everyone):
+        return
+    for number, chunk in enumerate(_chunks(tensors), start=1):
+        if transport.rank == 0:
+            _scatter(transport, number, _to_bytes(chunk))
+        else:
+            data = _gather(transport, number, chunk.numel() * chunk.element_size())
+            chunk.copy_(torch.frombuffer(bytearray(data), dtype=chunk.dtype).view_as(chunk))
+
+
+def _scatter(transport: Transport, number: int, data: bytes) -> None:
+    others = transport.world_size - 1
+    for i in range(others):
+        part = data[len(data) * i // others : len(data) * (i + 1) // others]
+        transport.send(i + 1, Slot(number, BROADCAST_BUCKET, 1), [part])
+
+
+def _gather(transport: Transport, number: int, nbytes: int) -> bytes:
+    peers = [peer for peer in range(1, transport.world_size) if peer != transport.rank]
+    incoming: dict[int, Incoming] = {peer: transport.recv(peer, Slot(number, BROADCAST_BUCKET, 2)) for peer in peers}
+    (own,) = transport.wait([transport.recv(0, Slot(number, BROADCAST_BUCKET, 1))])
+    for peer in peers:
+        transport.send(peer, Slot(number, BROADCAST_BUCKET, 2), [own])
+    transport.wait(list(incoming.values()))
+    incoming_parts = [own if r == transport.rank else incoming[r].result() for r in range(1, transport.world_size)]
+    data = b"".join(incoming_parts)
+    if len(data) != nbytes:
+        raise PacketError(f"broadcast chunk {number} has {len(data)} bytes, expected {nbytes}")
+    return data
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Views of at most 8 MiB that cover the tensors."""
+    for tensor in tensors:
+        flat = tensor.detach()
+        if not flat.is_contiguous():  # no flat view of it exists: whole, however large
+            yield flat
+            continue
+        yield from torch.split(flat.view(-1), BROADCAST_CHUNK_BYTES // tensor.element_size())
+
+
+def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Raise on every rank unless all replicas of ``tensors`` are bit-identical.
+
+    Args:
+        turn: numbers the messages; no two checks of a run share it.
+        step: for the message.
+
+    Raises:
+        ReplicaMismatch: names the first tensor that differs from rank 0's on any rank.
+    """
+    digests = [_digest([tensor]) for tensor in tensors]
+    summary = xxhash.xxh3_128_digest(b"".join(digests))
+    everyone = transport.all_gather(Slot(turn, DIGEST_BUCKET, 0), summary)
+    if all(bytes(other) == summary for other in everyone):
+        return
+    # Every rank sees the same summaries, so every rank comes here together.
+    tables = [bytes(table) for table in transport.all_gather(Slot(turn, DIGEST_BUCKET, 1), b"".join(digests))]
+    size = len(digests[0])
+    for i, name in enumerate(names):
+        rows = [table[i * size : (i + 1) * size] for table in tables]
+        ranks = tuple(rank for rank, row in enumerate(rows) if row != rows[0])
+        if ranks:
+            raise ReplicaMismatch(
+                f"step {step}: parameter {name!r} on rank {', '.join(map(str, ranks))} differs from rank 0's; "
+                "the replicas are no longer the same model",
+                parameter=name,
+                ranks=ranks,
+            )
+
+
+def _digest(tensors: Sequence[Tensor]) -> bytes:
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(_to_bytes(tensor))
+    return digest.digest()
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

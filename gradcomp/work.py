@@ -1,0 +1,235 @@
+"""One bucket's gradients on their way: compressed, sent, added up, and put back into ``p.grad``.
+
+Nothing that lasts changes before the whole step is known to be finite on every rank: packets of compressors with state
+are held back until :meth:`BucketWork.finish`, which commits the residuals (or leaves them alone) and only then
+overwrites ``p.grad``. Stateless packets (``none``, ``fp16``) have nothing to take back: they are put in place as they
+come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradcomp.bucket import Bucket, Message, Parameter, Piece
+from gradcomp.interfaces import Compressor, Incoming, Slot, State, Transport, Work
+from gradcomp.packet import Packet
+from gradcomp.states import StateStore
+from gradcomp.telemetry import StepRecord
+
+__all__ = ["BucketWork"]
+
+
+class BucketWork(Work):
+    """See :class:`gradcomp.interfaces.Work`. Made anew for each bucket and step.
+
+    Args:
+        scale: what sums are multiplied by: 1, or 1 / world_size for the mean.
+        watch_dense: look for non-finite sums in stateless pieces too, for the sake of other pieces' residuals.
+    """
+
+    def __init__(
+        self,
+        *,
+        bucket: Bucket,
+        pieces: Sequence[Piece],
+        table: Sequence[Parameter],
+        tensors: Sequence[Tensor],
+        store: StateStore,
+        transport: Transport,
+        record: StepRecord,
+        step: int,
+        scale: float,
+        watch_dense: bool,
+    ) -> None:
+        self.rank = transport.rank
+        self.world_size = transport.world_size
+        self.pieces = pieces
+        self.nonfinite = False
+        self._bucket = bucket
+        self._table = table
+        self._tensors = tensors
+        self._store = store
+        self._transport = transport
+        self._record = record
+        self._step = step
+        self._scale = scale
+        self._watch_dense = watch_dense
+        self._device = tensors[bucket.parameters[0]].device
+        self._present = tuple(tensors[p].grad is not None for p in bucket.parameters)
+        self._joined: dict[int, Tensor] = {}
+        self._outs: dict[int, Tensor] = {}
+        self._undelivered = {i: unit.numel for i, unit in enumerate(bucket.units)}
+        self._uncommitted: list[tuple[Compressor, Tensor, Packet, State]] = []
+        self._held: list[tuple[Piece, list[Packet | None], list[bool]]] = []
+
+    # -- what an exchange calls ----------------------------------------------------------------------------------------
+
+    def encode(self, pieces: Sequence[Piece]) -> Message:
+        """Compress this rank's gradient of ``pieces``; a parameter without gradient contributes nothing."""
+        with self._record.timed("compress_s"):
+            message = Message(tuple(self._encode(piece) for piece in pieces), self._present)
+        self._record.packet_bytes += message.packet_bytes
+        return message
+
+    def reduce(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> Message:
+        """Add up in rank order and compress again, with the owner's residual."""
+        with self._record.timed("compress_s"):
+            packets = [
+                self._reduce(piece, [message.packets[i] for message in messages]) for i, piece in enumerate(pieces)
+            ]
+        present = tuple(any(flags) for flags in zip(*(m.present for m in messages), strict=True))
+        return Message(tuple(packets), present)
+
+    def deliver(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> None:
+        """Make the sum of ``messages`` the gradient: now if stateless, else in :meth:`finish`."""
+        present = [any(flags) for flags in zip(*(m.present for m in messages), strict=True)]
+        with self._record.timed("decompress_s"):
+            for i, piece in enumerate(pieces):
+                packets = [message.packets[i] for message in messages]
+                if piece.codec.stateless:
+                    self._apply(piece, packets, present)
+                else:
+                    self.nonfinite |= any(packet is not None and packet.is_nonfinite for packet in packets)
+                    self._held.append((piece, packets, present))
+
+    def send(self, peer: int, stage: int, message: Message) -> None:
+        """Send; returns at once."""
+        self._transport.send(peer, self._slot(stage), message.buffers())
+
+    def recv(self, peer: int, stage: int) -> Incoming:
+        """Ask for a message; returns at once."""
+        return self._transport.recv(peer, self._slot(stage))
+
+    def parse(self, pieces: Sequence[Piece], incoming: Incoming) -> Message:
+        """Check and take apart what came in."""
+        with self._record.timed("decompress_s"):
+            return Message.parse(incoming.result(), pieces, len(self._present), self._device)
+
+    # -- what the engine calls -----------------------------------------------------------------------------------------
+
+    def finish(self, *, commit: bool) -> None:
+        """Commit residuals, unless a rank saw a non-finite value anywhere, and put held gradients in place."""
+        with self._record.timed("compress_s"):
+            if commit:
+                for codec, grad, packet, state in self._uncommitted:
+                    codec.commit(grad, packet, state)
+            self._uncommitted.clear()
+        with self._record.timed("decompress_s"):
+            for piece, packets, present in self._held:
+                self._apply(piece, packets, present)
+            self._held.clear()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _slot(self, stage: int) -> Slot:
+        return Slot(self._step, self._bucket.index, stage)
+
+    def _encode(self, piece: Piece) -> Packet | None:
+        whole = self._gradient(piece.unit)
+        if whole is None:
+            return None
+        grad = whole if piece.numel == whole.numel() else whole.view(-1)[piece.start : piece.stop].view(piece.shape)
+        if piece.codec.stateless:
+            return piece.codec.encode(grad)
+        name = self._name(piece)
+        state = self._store.get(name, piece, "gradient", grad)
+        packet = piece.codec.encode(grad, state)
+        self._uncommitted.append((piece.codec, grad, packet, state))
+        row = piece.codec.stats(packet, state)
+        self._record.parameters[name] = row
+        self._record.elements += piece.numel
+        self._record.sent += round(row.get("density", 1.0) * piece.numel)
+        return packet
+
+    def _reduce(self, piece: Piece, packets: Sequence[Packet | None]) -> Packet | None:
+        given = [packet for packet in packets if packet is not None]
+        if not given:
+            return None
+        broken = next((packet for packet in given if packet.is_nonfinite), None)
+        if broken is not None:
+            return broken
+        total = torch.zeros(piece.numel, dtype=torch.float32, device=self._device)
+        for packet in given:
+            piece.codec.decompress_add(packet, total)
+        total = total.view(piece.shape)
+        if piece.codec.stateless:
+            return piece.codec.encode(total)
+        state = self._store.get(self._name(piece), piece, "sum", total)
+        packet = piece.codec.encode(total, state)
+        self._uncommitted.append((piece.codec, total, packet, state))
+        return packet
+
+    def _apply(self, piece: Piece, packets: Sequence[Packet | None], present: Sequence[bool]) -> None:
+        out = self._out(piece.unit, present)
+        if out is None:
+            return
+        part = out[piece.start : piece.stop]
+        part.zero_()
+        for packet in packets:
+            if packet is not None:
+                piece.codec.decompress_add(packet, part, self._scale)
+        if self._watch_dense and piece.codec.stateless and not bool(torch.isfinite(part).all()):
+            self.nonfinite = True
+        self._undelivered[piece.unit] -= piece.numel
+        if self._undelivered[piece.unit] == 0:
+            self._put_back(piece.unit, out, present)
+
+    def _gradient(self, index: int) -> Tensor | None:
+        """A unit's gradient, contiguous and unit-shaped; None if no parameter of it has one."""
+        unit = self._bucket.units[index]
+        if len(unit.parameters) == 1 and not unit.codec.stateless:
+            grad = self._tensors[unit.parameters[0]].grad
+            return None if grad is None else grad.detach().contiguous()
+        if index not in self._joined:
+            grads = [self._tensors[p].grad for p in unit.parameters]
+            if all(grad is None for grad in grads):
+                return None
+            flat = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
+            sizes = [self._table[p].numel for p in unit.parameters]
+            for part, grad in zip(torch.split(flat, sizes), grads, strict=True):
+                if grad is None:
+                    part.zero_()
+                else:
+                    part.copy_(grad.detach().reshape(-1))
+            self._joined[index] = flat
+        return self._joined[index].view(unit.shape)
+
+    def _out(self, index: int, present: Sequence[bool]) -> Tensor | None:
+        """Where a unit's sum is built, flat float32: ``p.grad`` itself where it can be."""
+        if index not in self._outs:
+            unit = self._bucket.units[index]
+            if not any(self._is_present(p, present) for p in unit.parameters):
+                return None
+            if index in self._joined:
+                self._outs[index] = self._joined[index]
+            else:
+                grad = self._tensors[unit.parameters[0]].grad
+                direct = grad is not None and grad.dtype == torch.float32 and grad.is_contiguous()
+                if direct and not unit.codec.stateless and grad is not None:
+                    self._outs[index] = grad.detach().view(-1)
+                else:
+                    self._outs[index] = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
+        return self._outs[index]
+
+    def _put_back(self, index: int, out: Tensor, present: Sequence[bool]) -> None:
+        unit = self._bucket.units[index]
+        parts = torch.split(out, [self._table[p].numel for p in unit.parameters])
+        for position, part in zip(unit.parameters, parts, strict=True):
+            tensor = self._tensors[position]
+            if not self._is_present(position, present):
+                continue  # no rank had a gradient: the optimizer must not see one
+            if tensor.grad is None:
+                tensor.grad = torch.empty_like(tensor)
+            if part.data_ptr() != tensor.grad.data_ptr():
+                tensor.grad.detach().copy_(part.view(tensor.shape))
+        del self._outs[index]
+        self._joined.pop(index, None)
+
+    def _is_present(self, position: int, present: Sequence[bool]) -> bool:
+        return present[self._bucket.parameters.index(position)]
+
+    def _name(self, piece: Piece) -> str:
+        return self._table[self._bucket.units[piece.unit].parameters[0]].name

@@ -1,0 +1,89 @@
+"""Ranks as threads, each with an in-process transport, under one deadline."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradcomp
+from gradcomp.transports.inproc import InprocTransport
+
+DEADLINE_S = 60.0
+
+
+def run_ranks(world_size: int, function: Callable[[Any], Any], *, timeout_s: float = 20.0) -> list[Any]:
+    """``function(transport)`` on every rank at once; their results, or the first rank's error, in rank order."""
+    transports = InprocTransport.world(world_size, timeout_s=timeout_s)
+    results: list[Any] = [None] * world_size
+    errors: list[BaseException | None] = [None] * world_size
+
+    def target(rank: int) -> None:
+        try:
+            results[rank] = function(transports[rank])
+        except BaseException as error:
+            errors[rank] = error
+        finally:
+            transports[rank].close()
+
+    threads = [threading.Thread(target=target, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    if any(thread.is_alive() for thread in threads):
+        raise TimeoutError(f"ranks still running after {DEADLINE_S:g} s")
+    for error in errors:
+        # What a rank failed with first, not that the others then lost it.
+        if error is not None and not isinstance(error, gradcomp.PeerLost):
+            raise error
+    for error in errors:
+        if error is not None:
+            raise error
+    return results
+
+
+def outcomes(world_size: int, function: Callable[[Any], Any], *, timeout_s: float = 20.0) -> list[Any]:
+    """As :func:`run_ranks`, with each rank's error in place of its result."""
+
+    def caught(transport: Any) -> Any:
+        try:
+            return function(transport)
+        except Exception as error:
+            return error
+
+    return run_ranks(world_size, caught, timeout_s=timeout_s)
+
+
+def small_net(seed: int = 0) -> nn.Sequential:
+    """A convolution, a BatchNorm and two dense layers: 1,000 parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+def batch(rank: int, step: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Another batch for every rank and step, the same in every run."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randn(size, 1, 4, 4, generator=generator), torch.randint(0, 10, (size,), generator=generator)
+
+
+def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
+    """What everybody's training loop does."""
+    inputs, targets = batch(rank, step)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(net(inputs), targets).backward()
+    optimizer.step()
+
+
+def parameters_of(net: nn.Module) -> list[torch.Tensor]:
+    """A copy of the parameters."""
+    return [parameter.detach().clone() for parameter in net.parameters()]

@@ -1,0 +1,318 @@
+"""Peer to peer over ZeroMQ: TCP, or unix-domain sockets on one host.
+
+Every rank binds one ROUTER, on which it only receives, and connects one DEALER to every other rank, on which it only
+sends. What travels is specified in docs/FORMAT-frames.md.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import shutil
+import socket
+import struct
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import xxhash
+import zmq
+
+from gradcomp.errors import ConfigError, HandshakeError, PacketError, TransportError, TransportTimeout
+from gradcomp.handshake import compare, pack, unpack
+from gradcomp.interfaces import Buffer, Incoming, Slot, Transport
+from gradcomp.options import check_flag, check_integer, check_number, check_text
+from gradcomp.transports import environment
+from gradcomp.transports.chunks import Outgoing
+from gradcomp.transports.frames import DATA, HELLO, MAX_CHUNK_BYTES
+from gradcomp.transports.frames import VERSION as FRAME_VERSION
+from gradcomp.transports.inbound import Session
+from gradcomp.transports.mailbox import Mailbox, check_address
+from gradcomp.transports.pacing import paced_chunk_bytes, parse_rate
+from gradcomp.transports.rendezvous import Meeting, Record, run_name
+from gradcomp.transports.zmq_courier import Courier
+from gradcomp.transports.zmq_link import NO_SLOT, Letter, Link, secure_socket
+
+__all__ = ["ZmqTransport"]
+
+_PATIENCE_S = 10.0  # for peers that are there but do not read
+_REFUSED_PATIENCE_S = 1.0
+_GRACE_S = 2.0  # for the hello that explains why another rank left
+_MAX_IPC_PATH = 100
+
+
+@dataclass(kw_only=True, eq=False)
+class ZmqTransport(Transport):
+    """Ranks talk to each other directly over TCP (``zmq``) or unix-domain sockets (``zmq:ipc=true``).
+
+    They meet in torch's TCPStore at MASTER_ADDR:MASTER_PORT, as torchrun sets them.
+
+    Attributes:
+        rank, world_size: from RANK and WORLD_SIZE unless given.
+        rate: pace everything this rank sends, as ``"100mbit"`` or bits per second; None: as fast as it goes.
+        insecure: allow another address than loopback although nothing is encrypted and nobody proves who they are:
+            whoever reaches the port may read gradients, and send some.
+        ipc: unix-domain sockets in a private folder instead of TCP; all ranks must run on one host.
+        timeout_s: how long a blocking call may take, in seconds.
+        silence_s: a peer that does not answer for so long is lost, in seconds. More for links below some 20 Mb/s.
+        address: IP address to receive on; None: the one that routes to the master, or loopback if torchrun says that all
+            ranks run on this host.
+        master: ``host:port`` instead of MASTER_ADDR and MASTER_PORT.
+        run: name of the run, to keep several apart that share a master; None: torchrun's run id.
+    """
+
+    id: ClassVar[str] = "zmq"
+
+    rank: int = field(default_factory=environment.rank)
+    world_size: int = field(default_factory=environment.world_size)
+    rate: str | float | None = None
+    insecure: bool = False
+    ipc: bool = False
+    timeout_s: float = 300.0
+    silence_s: float = 3.0
+    address: str | None = None
+    master: str | None = None
+    run: str | None = None
+
+    def __post_init__(self) -> None:
+        check_integer(self.id, "world_size", self.world_size, at_least=1)
+        check_integer(self.id, "rank", self.rank, at_least=0, at_most=self.world_size - 1)
+        check_flag(self.id, "insecure", self.insecure)
+        check_flag(self.id, "ipc", self.ipc)
+        check_number(self.id, "timeout_s", self.timeout_s, above=0)
+        check_number(self.id, "silence_s", self.silence_s, at_least=0.1, at_most=3600)
+        for name in ("address", "master", "run"):
+            if getattr(self, name) is not None:
+                check_text(self.id, name, getattr(self, name))
+        if self.address is not None:
+            _parse_ip(self.address)
+        self._master = environment.master(self.master)
+        self._bits_per_s = parse_rate(self.id, self.rate)
+        self._chunk_bytes = paced_chunk_bytes(self._bits_per_s)
+        self._pid = os.getpid()
+        self._mailbox = Mailbox(self.rank, self.timeout_s)
+        self.arrival = self._mailbox.arrival
+        self._courier: Courier | None = None
+        self._connected = self._closed = False
+        self._max_message_bytes = 0
+        self._last: Outgoing | None = None
+
+    @property
+    def bytes_sent(self) -> int:  # type: ignore[override]
+        return 0 if self._courier is None else self._courier.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:  # type: ignore[override]
+        return 0 if self._courier is None else self._courier.bytes_received
+
+    def connect(
+        self,
+        hello: Mapping[str, str | int | bytes],
+        *,
+        max_message_bytes: int,
+        max_unclaimed_bytes: int | None = None,
+    ) -> None:
+        if self._connected or self._closed:
+            raise TransportError(f"rank {self.rank}: a transport connects once; make another one")
+        self._check_process()
+        self._connected = True
+        self._max_message_bytes = max_message_bytes
+        self._mailbox.max_unclaimed_bytes = max_unclaimed_bytes or max(_UNCLAIMED_BYTES, 4 * max_message_bytes)
+        if self.world_size == 1:
+            return
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            full_hello = self._open(hello, deadline)
+            self._greet(full_hello, deadline)
+        except BaseException:
+            self._close(_REFUSED_PATIENCE_S)
+            raise
+
+    def _open(self, hello: Mapping[str, str | int | bytes], deadline: float) -> dict[str, str | int | bytes]:
+        """Bind, meet the others, and start the thread that greets them."""
+        run = run_name(self.run)
+        full_hello = dict(hello) | {
+            "frames": FRAME_VERSION,
+            "run": run,
+            "max_message_bytes": self._max_message_bytes,
+        }
+        packed = pack(full_hello)
+        host = None if self.ipc else self._listening_address()
+        folder = tempfile.mkdtemp(prefix="gradcomp-") if self.ipc else None
+        if folder is not None:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            router = secure_socket(context, zmq.ROUTER)
+            router.backlog = self.world_size + 64
+            router.router_handover = 0
+            router.bind(_endpoint(host, folder))
+            mine = Record(
+                rank=self.rank,
+                world_size=self.world_size,
+                endpoint=router.last_endpoint.rstrip(b"\0").decode(),
+                # A routing id may not begin with a zero byte; who does not know it cannot speak for this rank.
+                identity=struct.pack("<4sI", b"rank", self.rank) + secrets.token_bytes(8),
+                incarnation=secrets.randbits(32),
+                host=socket.gethostname(),
+            )
+            meeting = Meeting(self._master, run, self.rank, self.world_size, deadline)
+            others = meeting.exchange(mine)
+            for theirs in others.values():
+                self._check_reachable(mine, theirs)
+            session = Session(
+                run=xxhash.xxh3_64_intdigest(run),
+                epoch=meeting.epoch,
+                max_message_bytes=self._max_message_bytes,
+            )
+            links = [
+                Link(context, mine, theirs, session, self._mailbox, self.silence_s) for theirs in others.values()
+            ]
+        except BaseException:
+            context.destroy(0)
+            raise
+        self._courier = Courier(self.rank, context, router, links, self._mailbox, self._bits_per_s)
+        # Also at exit: the peers learn that this rank leaves, and what it sent gets out.
+        self._finalizer = weakref.finalize(self, self._courier.close, _PATIENCE_S)
+        greeting = Outgoing([packed], MAX_CHUNK_BYTES)
+        for link in links:
+            self._courier.post(link.peer, Letter(HELLO, NO_SLOT, greeting))
+        return full_hello
+
+    def _greet(self, hello: Mapping[str, str | int | bytes], deadline: float) -> None:
+        """Wait for everybody's hello. One that differs outranks a peer that left: it is why that one left."""
+        assert self._courier is not None
+        links = self._courier.links
+        waiting = set(links)
+        lost_since: float | None = None
+        with self.arrival:
+            while True:
+                for peer in sorted(waiting):
+                    said = links[peer].hello
+                    if said is not None:
+                        waiting.discard(peer)
+                        try:
+                            theirs = unpack(said)
+                        except PacketError as error:
+                            raise TransportError(f"rank {self.rank}: hello of rank {peer}: {error}") from None
+                        compare(hello, theirs, rank=self.rank, peer=peer)
+                if not waiting:
+                    return
+                now = time.monotonic()
+                lost = [error for error in map(self._mailbox.lost, links) if error is not None]
+                if lost and lost_since is None:
+                    lost_since = now
+                until = deadline if lost_since is None else min(deadline, lost_since + _GRACE_S)
+                if now >= until:
+                    if lost:
+                        raise lost[0]
+                    names = ", ".join(f"{peer} at {links[peer].endpoint}" for peer in sorted(waiting))
+                    raise TransportTimeout(f"rank {self.rank}: no hello from rank {names} within {self.timeout_s:g} s")
+                self.arrival.wait(until - now)
+
+    def send(self, peer: int, slot: Slot, parts: Sequence[Buffer]) -> None:
+        courier = self._check_open(peer, slot)
+        lost = self._mailbox.lost(peer)
+        if lost is not None:
+            raise lost.with_traceback(None)
+        message = self._last
+        if message is None or not message.same_as(parts):
+            message = Outgoing(parts, self._chunk_bytes)
+            if message.total > self._max_message_bytes:
+                raise ValueError(f"message of {message.total} bytes; {self._max_message_bytes} were agreed on")
+            self._last = message  # an all-gather sends the same parts to everybody
+        courier.post(peer, Letter(DATA, slot, message))
+
+    def recv(self, peer: int, slot: Slot) -> Incoming:
+        self._check_open(peer, slot)
+        return self._mailbox.claim(peer, slot)
+
+    def close(self) -> None:
+        self._close(_PATIENCE_S)
+
+    def _close(self, patience_s: float) -> None:
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        self._last = None
+        self._mailbox.fail(TransportError(f"rank {self.rank}: the transport is closed"))
+        if self._courier is not None:
+            self._courier.close(patience_s)
+            self._finalizer.detach()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise TransportError(f"rank {self.rank}: a transport does not survive fork; make one in the child")
+
+    def _check_open(self, peer: int, slot: Slot) -> Courier:
+        self._check_process()
+        if self._closed:
+            raise TransportError(f"rank {self.rank}: the transport is closed")
+        if not self._connected:
+            raise TransportError(f"rank {self.rank}: the transport is not connected")
+        check_address(self, peer, slot)
+        assert self._courier is not None
+        return self._courier
+
+    def _listening_address(self) -> str:
+        """The IP address to bind, refused unless it is loopback or ``insecure``."""
+        host = self.address
+        if host is None:
+            host = "127.0.0.1" if environment.all_on_this_host() else _route_to(self._master[0], self._master[1])
+        if not _parse_ip(host).is_loopback and not self.insecure:
+            raise ConfigError(
+                f"zmq: would receive on {host}, in the clear and from anybody who reaches it: whoever can connect could "
+                "read and send gradients. Keys come in a later version; in a network where every machine is trusted, "
+                "allow it with insecure=true"
+            )
+        return host
+
+    def _check_reachable(self, mine: Record, theirs: Record) -> None:
+        if mine.host == theirs.host:
+            return
+        if "ipc://" in (mine.endpoint[:6], theirs.endpoint[:6]):
+            raise HandshakeError(
+                f"rank {self.rank} runs on {mine.host!r} and rank {theirs.rank} on {theirs.host!r}: ipc=true needs one host",
+                field="host",
+                peer=theirs.rank,
+            )
+        if theirs.endpoint.startswith(("tcp://127.", "tcp://[::1]")):
+            raise TransportError(
+                f"rank {self.rank}: rank {theirs.rank} on {theirs.host!r} listens on its loopback, {theirs.endpoint}; "
+                "set MASTER_ADDR to an address that is not loopback on any host, or give address="
+            )
+
+
+def _parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        raise ConfigError(f"zmq: address={text!r} is not allowed; address must be an IP address") from None
+    if found.is_unspecified:
+        raise ConfigError(f"zmq: address={text!r} is not allowed; address must be one that peers can connect to")
+    return found
+
+
+def _route_to(host: str, port: int) -> str:
+    """This host's address on the way to ``host``. Nothing is sent: connecting a UDP socket only looks up the route."""
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            address: str = probe.getsockname()[0]
+    except OSError as error:
+        raise TransportError(f"zmq: no route to the master {host}: {error}") from None
+    return address
+
+
+def _endpoint(host: str | None, folder: str | None) -> str:
+    if folder is not None:
+        path = os.path.join(folder, "socket")
+        if len(path) > _MAX_IPC_PATH:
+            raise ConfigError(f"zmq: the path {path!r} is too long for a unix-domain socket; set TMPDIR to a shorter one")
+        return f"ipc://{path}"
+    return f"tcp://[{host}]:*" if host is not None and ":" in host else f"tcp://{host}:*"
