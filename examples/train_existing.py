@@ -1,8 +1,8 @@
 """An ordinary training script that learned to train on several machines: the lines marked with + are all that is new.
 
-    python examples/train_existing.py                                               by itself
-    torchrun --standalone --nproc-per-node 4 examples/train_existing.py             four processes here
-    torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/train_existing.py     on each of two hosts
+    python examples/train_existing.py                                              by itself
+    torchrun --standalone --nproc-per-node 4 examples/train_existing.py            four processes here
+    torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/train_existing.py   on each of two hosts
 
 Over several hosts the transport must be allowed to leave loopback: transport="zmq:insecure=true" (see README.md).
 """

@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gradcomp: {error}", file=sys.stderr)
         return USAGE
     except GradcompError as error:
-        print(f"gradcomp: {error}", file=sys.stderr)
+        headline, _, details = str(error).partition("\n")
+        print(*filter(None, (details, f"gradcomp: {headline}")), sep="\n", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("gradcomp: interrupted", file=sys.stderr)

@@ -193,12 +193,20 @@ class Transport(Configured, ABC):
     bytes_received: int
 
     @abstractmethod
-    def connect(self, hello: Mapping[str, str | int | bytes], *, max_message_bytes: int) -> None:
+    def connect(
+        self,
+        hello: Mapping[str, str | int | bytes],
+        *,
+        max_message_bytes: int,
+        max_unclaimed_bytes: int | None = None,
+    ) -> None:
         """Meet the other ranks and make sure that all of them said the same ``hello``.
 
         Args:
             hello: what every rank must agree on, field by field (see :mod:`gradcomp.handshake`).
             max_message_bytes: no message is longer; a peer that sends a longer one is cut off.
+            max_unclaimed_bytes: a peer that sends more than that before it is asked for is cut off. A peer may be about
+                a step ahead, so this should be two steps' messages, at least. None: the transport's own default.
 
         Raises:
             HandshakeError: a rank said something else; names the first field that differs, on every rank.
@@ -247,7 +255,7 @@ class Transport(Configured, ABC):
             slot, peers = missing[0].slot, ", ".join(str(i.peer) for i in missing)
             raise TransportTimeout(
                 f"rank {self.rank}: nothing from rank {peers} for step {slot.step}, bucket {slot.bucket}, "
-                f"stage {slot.stage} within {self.timeout_s:g} s"
+                f"stage {slot.stage} within {patience:g} s"
             )
         return [i.result() for i in incoming]
 

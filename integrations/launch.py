@@ -69,7 +69,7 @@ def launch(worker_arguments: Sequence[str], *, workers: int) -> None:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
             ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            raise WorkerFailed(_explain(_read_failures(Path(folder)), ended)) from None
+            raise WorkerFailed(explain(read_failures(Path(folder)), ended)) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -129,7 +129,7 @@ def record_failure(error: BaseException, rank: int) -> Failure:
     failure = Failure(
         rank=rank,
         time_s=time.time(),
-        summary=str(error) if own else "".join(traceback.format_exception_only(type(error), error)).strip(),
+        summary=" ".join(str(error).split()) if own else f"{type(error).__name__}: {error}".partition("\n")[0],
         details="" if own else "".join(lines).rstrip(),
         follows=isinstance(error, (PeerLost, TransportTimeout)),
     )
@@ -147,7 +147,7 @@ def record_failure(error: BaseException, rank: int) -> Failure:
     return failure
 
 
-def _read_failures(folder: Path) -> list[Failure]:
+def read_failures(folder: Path) -> list[Failure]:
     failures = []
     for path in folder.rglob("error.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -155,8 +155,8 @@ def _read_failures(folder: Path) -> list[Failure]:
     return failures
 
 
-def _explain(failures: Sequence[Failure], ended: dict[int, int]) -> str:
-    """What to tell the user: the root cause, and its traceback if it is not an error of ours."""
+def explain(failures: Sequence[Failure], ended: dict[int, int]) -> str:
+    """What to tell the user: the root cause on one line, then its traceback if it is not an error of ours."""
     told = {failure.rank for failure in failures}
     causes = sorted((f for f in failures if not f.follows), key=lambda f: f.time_s)
     silent = sorted(rank for rank in ended if rank not in told)
@@ -168,7 +168,7 @@ def _explain(failures: Sequence[Failure], ended: dict[int, int]) -> str:
         first = min(failures, key=lambda f: f.time_s)
     else:
         return "a worker failed and left no message"
-    return "\n".join(filter(None, (first.details, first.headline)))
+    return "\n".join(filter(None, (first.headline, first.details)))
 
 
 def _describe_exit(code: int) -> str:

@@ -83,7 +83,7 @@ def test_a_file_without_a_task_is_refused(tmp_path: Path, source: str | None, me
 
 
 def test_an_unknown_module_is_refused() -> None:
-    with pytest.raises(ConfigError, match="neither a file ending in .py nor a module"):
+    with pytest.raises(ConfigError, match=r"neither a file ending in \.py nor a module"):
         load("no.such_module")
 
 

@@ -70,7 +70,7 @@ class Outgoing:
 
     def __init__(self, parts: Sequence[Buffer], limit: int) -> None:
         self._parts = tuple(parts)
-        views = [view.cast("B") for view in map(memoryview, parts) if view.nbytes]
+        views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
         self.total = sum(len(view) for view in views)
         self._more = cut(views, limit)
         self._chunks: list[Chunk] = []

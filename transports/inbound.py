@@ -86,7 +86,7 @@ class Inbound:
                 raise PacketError(f"message of {header.total} bytes is over {self._session.max_message_bytes}")
             self._mailbox.expect(self._peer, slot, header.total)
             self._slot, self._total, self._got, self._chunk = slot, header.total, 0, 0
-            self._whole = memoryview(np.empty(header.total, np.uint8)) if header.length < header.total else None
+            self._whole = np.empty(header.total, np.uint8).data if header.length < header.total else None
             return
         if (slot, header.total, header.chunk) != (self._slot, self._total, self._chunk):
             raise PacketError(f"chunk {header.chunk} of {slot} where chunk {self._chunk} of {self._slot} is due")

@@ -27,6 +27,10 @@ class Received(Incoming):
     def done(self) -> bool:
         return self._data is not None or self._error is not None
 
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
     def result(self) -> memoryview:
         if self._data is None and self._error is None:
             self._mailbox.wait_for(self)

@@ -7,7 +7,7 @@ import re
 from gradcomp.errors import ConfigError
 from gradcomp.transports.frames import MAX_CHUNK_BYTES
 
-__all__ = ["TokenBucket", "parse_rate", "paced_chunk_bytes"]
+__all__ = ["TokenBucket", "paced_chunk_bytes", "parse_rate"]
 
 _UNITS = {"bit": 1, "kbit": 1_000, "mbit": 1_000_000, "gbit": 1_000_000_000}
 _BURST_S = 0.01

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import msgpack
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from gradcomp.errors import HandshakeError, TransportError, TransportTimeout
 
@@ -24,12 +24,12 @@ _POLL_S = (0.005, 0.1)
 _LINGER_S = 2.0
 
 # Kept for the life of the process: the host's store serves the other ranks, and whoever connects after us.
-_stores: dict[tuple[int, str, int], dist.TCPStore] = {}
+_stores: dict[tuple[int, str, int, bool], TCPStore] = {}
 _counts: dict[tuple[int, str, int, str, int], int] = {}
 _lock = threading.Lock()
 
 
-def _linger(store: dist.TCPStore, key: str, readers: int) -> None:
+def _linger(store: TCPStore, key: str, readers: int) -> None:
     """At exit of the process that hosts the store: let the others read what they came for, for a moment."""
     deadline = time.monotonic() + _LINGER_S
     try:
@@ -129,16 +129,17 @@ class Meeting:
             _counts[key] = self.epoch + 1
         self._prefix = f"gradcomp/{run}/{self.epoch}"
         self._hosting = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._store = self._open(*master)
+        self._key = (os.getpid(), *master, self._hosting)
+        self._store = self._open()
 
-    def _open(self, host: str, port: int) -> dist.TCPStore:
-        key = (os.getpid(), host, port)
+    def _open(self) -> TCPStore:
+        _, host, port, _ = key = self._key
         with _lock:
             if key in _stores:
                 return _stores[key]
         try:
             # multi_tenant: init_process_group may host its store at the same port in this process.
-            store = dist.TCPStore(
+            store = TCPStore(
                 host,
                 port,
                 None,
@@ -190,6 +191,8 @@ class Meeting:
             self._store.add(readers, 1)
             raise
         except (RuntimeError, ValueError) as error:
+            with _lock:
+                _stores.pop(self._key, None)
             reason = str(error).partition("\n")[0]
             raise TransportError(f"rank {self._rank}: lost the rendezvous at {self._where}: {reason}") from error
         return found

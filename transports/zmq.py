@@ -6,7 +6,6 @@ sends. What travels is specified in docs/FORMAT-frames.md.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 import shutil
@@ -22,11 +21,12 @@ from typing import ClassVar
 import xxhash
 import zmq
 
-from gradcomp.errors import ConfigError, HandshakeError, PacketError, TransportError, TransportTimeout
+from gradcomp.errors import PacketError, TransportError, TransportTimeout
 from gradcomp.handshake import compare, pack, unpack
 from gradcomp.interfaces import Buffer, Incoming, Slot, Transport
 from gradcomp.options import check_flag, check_integer, check_number, check_text
 from gradcomp.transports import environment
+from gradcomp.transports.addresses import check_reachable, endpoint, listening_address, parse_ip
 from gradcomp.transports.chunks import Outgoing
 from gradcomp.transports.frames import DATA, HELLO, MAX_CHUNK_BYTES
 from gradcomp.transports.frames import VERSION as FRAME_VERSION
@@ -42,7 +42,7 @@ __all__ = ["ZmqTransport"]
 _PATIENCE_S = 10.0  # for peers that are there but do not read
 _REFUSED_PATIENCE_S = 1.0
 _GRACE_S = 2.0  # for the hello that explains why another rank left
-_MAX_IPC_PATH = 100
+_UNCLAIMED_BYTES = 1 << 30
 
 
 @dataclass(kw_only=True, eq=False)
@@ -59,8 +59,8 @@ class ZmqTransport(Transport):
         ipc: unix-domain sockets in a private folder instead of TCP; all ranks must run on one host.
         timeout_s: how long a blocking call may take, in seconds.
         silence_s: a peer that does not answer for so long is lost, in seconds. More for links below some 20 Mb/s.
-        address: IP address to receive on; None: the one that routes to the master, or loopback if torchrun says that all
-            ranks run on this host.
+        address: IP address to receive on; None: the one that routes to the master, or loopback if torchrun says that
+            all ranks run on this host.
         master: ``host:port`` instead of MASTER_ADDR and MASTER_PORT.
         run: name of the run, to keep several apart that share a master; None: torchrun's run id.
     """
@@ -89,7 +89,7 @@ class ZmqTransport(Transport):
             if getattr(self, name) is not None:
                 check_text(self.id, name, getattr(self, name))
         if self.address is not None:
-            _parse_ip(self.address)
+            parse_ip(self.address)
         self._master = environment.master(self.master)
         self._bits_per_s = parse_rate(self.id, self.rate)
         self._chunk_bytes = paced_chunk_bytes(self._bits_per_s)
@@ -141,7 +141,7 @@ class ZmqTransport(Transport):
             "max_message_bytes": self._max_message_bytes,
         }
         packed = pack(full_hello)
-        host = None if self.ipc else self._listening_address()
+        host = None if self.ipc else listening_address(self.address, self._master, insecure=self.insecure)
         folder = tempfile.mkdtemp(prefix="gradcomp-") if self.ipc else None
         if folder is not None:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -150,11 +150,11 @@ class ZmqTransport(Transport):
             router = secure_socket(context, zmq.ROUTER)
             router.backlog = self.world_size + 64
             router.router_handover = 0
-            router.bind(_endpoint(host, folder))
+            router.bind(endpoint(host, folder))
             mine = Record(
                 rank=self.rank,
                 world_size=self.world_size,
-                endpoint=router.last_endpoint.rstrip(b"\0").decode(),
+                endpoint=_last_endpoint(router),
                 # A routing id may not begin with a zero byte; who does not know it cannot speak for this rank.
                 identity=struct.pack("<4sI", b"rank", self.rank) + secrets.token_bytes(8),
                 incarnation=secrets.randbits(32),
@@ -163,15 +163,13 @@ class ZmqTransport(Transport):
             meeting = Meeting(self._master, run, self.rank, self.world_size, deadline)
             others = meeting.exchange(mine)
             for theirs in others.values():
-                self._check_reachable(mine, theirs)
+                check_reachable(mine, theirs)
             session = Session(
-                run=xxhash.xxh3_64_intdigest(run),
+                run=xxhash.xxh3_64_intdigest(run.encode()),
                 epoch=meeting.epoch,
                 max_message_bytes=self._max_message_bytes,
             )
-            links = [
-                Link(context, mine, theirs, session, self._mailbox, self.silence_s) for theirs in others.values()
-            ]
+            links = [Link(context, mine, theirs, session, self._mailbox, self.silence_s) for theirs in others.values()]
         except BaseException:
             context.destroy(0)
             raise
@@ -258,61 +256,7 @@ class ZmqTransport(Transport):
         assert self._courier is not None
         return self._courier
 
-    def _listening_address(self) -> str:
-        """The IP address to bind, refused unless it is loopback or ``insecure``."""
-        host = self.address
-        if host is None:
-            host = "127.0.0.1" if environment.all_on_this_host() else _route_to(self._master[0], self._master[1])
-        if not _parse_ip(host).is_loopback and not self.insecure:
-            raise ConfigError(
-                f"zmq: would receive on {host}, in the clear and from anybody who reaches it: whoever can connect could "
-                "read and send gradients. Keys come in a later version; in a network where every machine is trusted, "
-                "allow it with insecure=true"
-            )
-        return host
 
-    def _check_reachable(self, mine: Record, theirs: Record) -> None:
-        if mine.host == theirs.host:
-            return
-        if "ipc://" in (mine.endpoint[:6], theirs.endpoint[:6]):
-            raise HandshakeError(
-                f"rank {self.rank} runs on {mine.host!r} and rank {theirs.rank} on {theirs.host!r}: ipc=true needs one host",
-                field="host",
-                peer=theirs.rank,
-            )
-        if theirs.endpoint.startswith(("tcp://127.", "tcp://[::1]")):
-            raise TransportError(
-                f"rank {self.rank}: rank {theirs.rank} on {theirs.host!r} listens on its loopback, {theirs.endpoint}; "
-                "set MASTER_ADDR to an address that is not loopback on any host, or give address="
-            )
-
-
-def _parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    try:
-        found = ipaddress.ip_address(text)
-    except ValueError:
-        raise ConfigError(f"zmq: address={text!r} is not allowed; address must be an IP address") from None
-    if found.is_unspecified:
-        raise ConfigError(f"zmq: address={text!r} is not allowed; address must be one that peers can connect to")
-    return found
-
-
-def _route_to(host: str, port: int) -> str:
-    """This host's address on the way to ``host``. Nothing is sent: connecting a UDP socket only looks up the route."""
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(target)
-            address: str = probe.getsockname()[0]
-    except OSError as error:
-        raise TransportError(f"zmq: no route to the master {host}: {error}") from None
-    return address
-
-
-def _endpoint(host: str | None, folder: str | None) -> str:
-    if folder is not None:
-        path = os.path.join(folder, "socket")
-        if len(path) > _MAX_IPC_PATH:
-            raise ConfigError(f"zmq: the path {path!r} is too long for a unix-domain socket; set TMPDIR to a shorter one")
-        return f"ipc://{path}"
-    return f"tcp://[{host}]:*" if host is not None and ":" in host else f"tcp://{host}:*"
+def _last_endpoint(bound: zmq.Socket[bytes]) -> str:
+    found = bound.getsockopt(zmq.LAST_ENDPOINT)
+    return found.rstrip(b"\0").decode() if isinstance(found, bytes) else str(found)

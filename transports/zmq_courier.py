@@ -62,7 +62,7 @@ class Courier:
         os.set_blocking(self._wake_write, False)
 
         self._poller = zmq.Poller()
-        self._handlers: dict[object, Callable[[], None]] = {}
+        self._handlers: dict[object, Callable[[], object]] = {}
         self._watch(self._wake_read, zmq.POLLIN, self._take_posted)
         self._watch(router, zmq.POLLIN, self._receive)
         for link in links:
@@ -134,7 +134,7 @@ class Courier:
         self._context.destroy(0)
         self._mailbox.fail(TransportError(f"rank {self._rank}: the transport is closed"))
 
-    def _watch(self, socket: zmq.Socket[bytes] | int, events: int, handler: Callable[[], None]) -> None:
+    def _watch(self, socket: zmq.Socket[bytes] | int, events: int, handler: Callable[[], object]) -> None:
         self._poller.register(socket, events)
         self._handlers[socket] = handler
 
@@ -199,14 +199,14 @@ class Courier:
 
     # Receiving.
 
-    def _receive(self, frames: int = _RECEIVE_BATCH) -> int:
-        """Take up to ``frames`` frames off the wire; returns how many there were."""
+    def _receive(self) -> bool:
+        """Take some frames off the wire; returns whether there may be more."""
         router = self._router
-        for taken in range(frames):
+        for _ in range(_RECEIVE_BATCH):
             try:
                 identity = router.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return taken
+                return False
             link = self._by_identity.get(identity)
             if link is None or link.cut_off:
                 self.junk_frames += 1
@@ -217,7 +217,7 @@ class Courier:
                     self._cut_off(link, error)
             while router.getsockopt(zmq.RCVMORE):  # of junk, or of a frame refused half way
                 router.recv(copy=False)
-        return frames
+        return True
 
     def _receive_frame(self, link: Link) -> None:
         router, inbound = self._router, link.inbound

@@ -103,9 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 _STAGES = ("compress_ms", "wait_ms", "decompress_ms", "hidden_fraction", "density")
 
 
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, context: object
-) -> None:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, context: object) -> None:
     with context:  # type: ignore[attr-defined]
         nn.functional.cross_entropy(model(inputs), targets).backward()
     optimizer.step()

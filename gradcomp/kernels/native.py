@@ -24,10 +24,12 @@ from gradcomp.kernels import reference
 __all__ = ["AVAILABLE", "LEVEL", "REASON", "enabled", "select_threshold"]
 
 try:
-    from gradcomp.kernels import _native
+    import gradcomp.kernels._native as _native
 
     AVAILABLE, REASON, LEVEL = True, "", _native.LEVEL
-except ImportError as error:
+except ModuleNotFoundError:
+    AVAILABLE, REASON, LEVEL = False, "not compiled when gradcomp was installed", "none"
+except ImportError as error:  # compiled for another Python or another C++ library
     AVAILABLE, REASON, LEVEL = False, str(error), "none"
 
 

@@ -1,0 +1,173 @@
+"""Worker processes, for real: they train, and when one fails the run says which and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gradcomp.integrations.worker import RunOptions, train
+
+ROOT = Path(__file__).parents[1]
+DEADLINE_S = 60
+
+TASK = """
+import os, signal
+import torch
+from torch import nn
+from gradcomp.integrations.tasks import Task
+
+def loss(outputs, targets):
+    if os.environ.get("RANK") == "1" and FAIL:
+        FAIL()
+    return nn.functional.cross_entropy(outputs, targets)
+
+def raise_error():
+    raise LookupError("no such thing")
+
+FAIL = None
+
+def task(*, fail: str = "") -> Task:
+    global FAIL
+    FAIL = {"": None, "raise": raise_error, "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}[fail]
+    inputs = torch.randn(96, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    targets = (inputs.mean((1, 2, 3)) > 0).long()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2))
+    return Task(
+        model=model,
+        loss=loss,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        train_data=(inputs[:64], targets[:64]),
+        test_data=(inputs[64:], targets[64:]),
+        batch_size=8,
+        epochs=2,
+    )
+"""
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.py"
+    path.write_text(TASK)
+    return str(path)
+
+
+def environment() -> dict[str, str]:
+    """This process's, without torchrun's variables, and with the package where it may not be installed."""
+    ours = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    return ours | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_worker_needs_no_network_and_repeats_itself(task_file: str, tmp_path: Path) -> None:
+    logs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for log in logs:
+        summary = train(RunOptions(task=task_file, epochs=3, seed=3, quiet=True, log=str(log)))
+        assert (summary.steps, summary.workers) == (24, 1)
+        assert summary.bytes_sent == 0
+    first, second = ([json.loads(line) for line in log.read_text().splitlines()] for log in logs)
+    assert [line["step"] for line in first] == list(range(1, 25))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+    assert ["accuracy" in line for line in first] == ([False] * 7 + [True]) * 3
+    assert {"epoch", "time_s", "lr", "bytes_sent", "ratio", "density", "compress_ms", "wait_ms"} <= set(first[0])
+
+
+@pytest.mark.usefixtures("alone")
+def test_too_few_samples_are_refused(task_file: str) -> None:
+    with pytest.raises(ValueError, match="64 training samples are less than one batch of 65 for each of 1 workers"):
+        train(RunOptions(task=task_file, batch_size=65, quiet=True))
+
+
+def test_two_workers_train(task_file: str, tmp_path: Path) -> None:
+    done = run("-m", "gradcomp", "train", task_file, "--workers=2", "--log=run.jsonl", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert summary["workers"] == 2
+    assert summary["steps"] == len(lines) == 8
+    assert summary["accuracy"] == lines[-1]["accuracy"]
+    assert lines[-1]["bytes_sent"] > lines[0]["bytes_sent"] > 0
+    assert "threshold: epoch 2/2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_task_that_raises_on_one_rank_is_named_with_its_traceback(task_file: str, tmp_path: Path) -> None:
+    done = run("-m", "gradcomp", "train", task_file, "--workers=2", "--set=fail=raise", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert 'tiny.py", line' in done.stderr
+    assert done.stderr.endswith("rank 1 failed: LookupError: no such thing\n")
+
+
+def test_a_killed_worker_is_named(task_file: str, tmp_path: Path) -> None:
+    done = run("-m", "gradcomp", "train", task_file, "--workers=2", "--set=fail=kill", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "gradcomp: rank 1 failed: killed by SIGKILL\n"
+
+
+def test_an_interrupt_ends_the_workers(task_file: str, tmp_path: Path) -> None:
+    arguments = ["-m", "gradcomp", "train", task_file, "--workers=2", "--epochs=100000", "--log=run.jsonl", "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not ((tmp_path / "run.jsonl").is_file() and (tmp_path / "run.jsonl").stat().st_size):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "no step within the deadline"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert err == "gradcomp: interrupted\n"
+    size = (tmp_path / "run.jsonl").stat().st_size
+    time.sleep(0.5)
+    assert (tmp_path / "run.jsonl").stat().st_size == size, "a worker is still training"
+
+
+def test_torchrun_starts_workers_too(task_file: str, tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--master-addr=127.0.0.1")
+    done = run(*torchrun, "--master-port=0", "-m", "gradcomp", "worker", task_file, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("compressor  workers  accuracy")
+
+
+def test_an_existing_script_trains_by_itself_and_in_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    script = str(ROOT / "examples" / "train_existing.py")
+    alone = run(script, folder=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+    together = run(*torchrun, script, folder=tmp_path)
+    assert together.returncode == 0, together.stderr
+    last = [line for line in together.stdout.splitlines() if line.startswith("epoch 10 ")]
+    assert len(last) == 2
+    assert len({line.rpartition("accuracy")[2] for line in last}) == 1, "replicas differ"
