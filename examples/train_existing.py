@@ -17,16 +17,17 @@ import gradcomp  # +
 def main() -> None:
     torch.manual_seed(0)
     found = load_digits()
-    images, digits = torch.tensor(found.data, dtype=torch.float32) / 8 - 1, torch.tensor(found.target)
+    order = torch.randperm(len(found.target))
+    images, digits = torch.tensor(found.data, dtype=torch.float32)[order] / 8 - 1, torch.tensor(found.target)[order]
     test_images, test_digits = images[1400:], digits[1400:]
     images, digits = images[:1400], digits[:1400]
 
     model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     sync = gradcomp.attach(optimizer, model=model, compressor="threshold:density=0.01")  # + exchanges gradients
     images, digits = (part[sync.rank :: sync.world_size][: 1400 // sync.world_size] for part in (images, digits))  # +
 
-    for epoch in range(10):
+    for epoch in range(15):
         for rows in torch.randperm(len(images)).split(35):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[rows]), digits[rows])

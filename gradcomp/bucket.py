@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -191,8 +192,9 @@ class Message:
     packets: tuple[Packet | None, ...]
     present: tuple[bool, ...]
 
+    @cached_property
     def buffers(self) -> list[Buffer]:
-        """The message's bytes, in parts that may be sent without a copy."""
+        """The message's bytes, in parts that may be sent without a copy; the same parts whoever they are sent to."""
         head = _COUNTS.pack(len(self.packets), len(self.present)) + _bitmap(self.present)
         sizes = [0 if packet is None else packet.nbytes for packet in self.packets]
         head += bytes(-len(head) % _ALIGN) + b"".join(_LENGTH.pack(size) for size in sizes)

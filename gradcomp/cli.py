@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a worker or a benchmark failed, 2 the command line or an 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="benchmarks", add_help=False)
-    bench.add_argument("name", choices=("all-gather",), help="what to measure")
+    bench.add_argument("name", choices=("all-gather", "step-time", "memory"), help="what to measure; --help after it")
     bench.set_defaults(run=_bench)
     return parser
 
@@ -139,6 +140,5 @@ def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from gradcomp.bench.all_gather import main as all_gather
-
-    return int(all_gather(rest) or DONE)
+    module = importlib.import_module(f"gradcomp.bench.{arguments.name.replace('-', '_')}")
+    return int(module.main(rest) or DONE)

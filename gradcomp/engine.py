@@ -93,7 +93,9 @@ class GradientExchange:
         self._lock = threading.Lock()
         self._start_step()
 
-        transport.connect(self._hello(bucket_bytes), max_message_bytes=self._max_message_bytes(buffers))
+        longest, all_together = self._message_bounds(buffers)
+        # Another rank can be a whole step ahead of this one, or a whole broadcast.
+        transport.connect(self._hello(bucket_bytes), max_message_bytes=longest, max_unclaimed_bytes=2 * all_together)
         self._driver = Driver(transport)
         try:
             if transport.world_size > 1:
@@ -258,14 +260,16 @@ class GradientExchange:
             "digest_every": self._digest_every,
         }
 
-    def _max_message_bytes(self, buffers: Sequence[Tensor]) -> int:
-        longest = max(
+    def _message_bounds(self, buffers: Sequence[Tensor]) -> tuple[int, int]:
+        """The longest message there can be, and how much a rank can send another in a step or a broadcast, in bytes."""
+        lengths = [
             max_message_bytes(pieces, len(bucket.parameters))
             for bucket, pieces in zip(self._buckets, self._pieces, strict=True)
-        )
+        ]
+        sizes = [tensor.numel() * tensor.element_size() for tensor in [*self._tensors, *buffers]]
         # Broadcast chunks, averages and digests share the connection. What has no flat view is broadcast whole.
-        uncut = [t.numel() * t.element_size() for t in [*self._tensors, *buffers] if not t.is_contiguous()]
-        return max(longest, replicas.BROADCAST_CHUNK_BYTES, 16 * len(self._table), *uncut)
+        others = max(replicas.BROADCAST_CHUNK_BYTES, 16 * len(self._table), *sizes)
+        return max(*lengths, others), max(2 * sum(lengths), sum(sizes)) + others
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

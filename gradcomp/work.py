@@ -97,7 +97,7 @@ class BucketWork(Work):
 
     def send(self, peer: int, stage: int, message: Message) -> None:
         """Send; returns at once."""
-        self._transport.send(peer, self._slot(stage), message.buffers())
+        self._transport.send(peer, self._slot(stage), message.buffers)
 
     def recv(self, peer: int, stage: int) -> Incoming:
         """Ask for a message; returns at once."""

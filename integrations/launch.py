@@ -29,6 +29,7 @@ from gradcomp.options import check_integer
 __all__ = ["Failure", "follow_parent", "launch", "record_failure", "threads_per_worker"]
 
 MAX_WORKERS = 1024
+_ELASTIC = "torch.distributed.elastic"
 
 
 def threads_per_worker(workers: int) -> int:
@@ -81,14 +82,17 @@ def _surroundings(workers: int) -> Iterator[None]:
     """What the launcher needs from this process, put back afterwards: environment, signal handlers, log level."""
     before = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
+    # They log what we are about to say in one line; each has a level of its own.
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(_ELASTIC)]
+    levels = [logger.level for logger in loggers]
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(workers)))
-    logger.setLevel(logging.CRITICAL)  # it logs what we are about to say in one line
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         os.environ.clear()
         os.environ.update(before)
         for number, handler in handlers.items():

@@ -12,6 +12,7 @@ It runs once in every worker, after the worker's random generators were seeded a
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -20,7 +21,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,12 @@ def _check_data(field: str, data: object) -> None:
 
 def train_batches(
     data: Data, *, batch_size: int, rank: int, world_size: int, seed: int, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """This rank's batches of one epoch: its share of a permutation that depends on ``seed`` and ``epoch`` only.
 
     Incomplete batches are dropped, so that every rank takes the same number of steps.
     """
-    sampler = DistributedSampler(
+    sampler: DistributedSampler[Any] = DistributedSampler(
         typing.cast("Dataset[Any]", data[0] if isinstance(data, tuple) else data),
         num_replicas=world_size,
         rank=rank,
@@ -118,11 +119,14 @@ def train_batches(
         yield inputs[rows], targets[rows]
 
 
-def evaluation_batches(data: Data, *, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(
+    data: Data, *, batch_size: int, rank: int, world_size: int
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """This rank's share of the test data, every ``world_size``-th sample; over all ranks each sample comes once."""
     if isinstance(data, tuple):
         inputs, targets = (part[rank::world_size] for part in data)
-        yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+        for start in range(0, len(inputs), batch_size):
+            yield inputs[start : start + batch_size], targets[start : start + batch_size]
         return
     rows = range(rank, len(typing.cast("Sequence[object]", data)), world_size)
     yield from DataLoader(data, batch_size=batch_size, sampler=rows)
@@ -175,8 +179,7 @@ class TaskFunction:
         task = self.function(**arguments)
         if not isinstance(task, Task):
             raise ConfigError(f"task {self.where}: task() must return a Task; got {type(task).__name__}")
-        fields: Mapping[str, Any] = {name: getattr(task, name) for name in Task.__dataclass_fields__}
-        return Task(**(fields | overrides))
+        return dataclasses.replace(task, **overrides)  # type: ignore[arg-type]
 
 
 def load(where: str) -> TaskFunction:

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -142,13 +142,17 @@ def work(options: RunOptions, *, launched: bool = False) -> int:
         launched: by :func:`gradcomp.integrations.launch.launch`, which says itself why a worker failed.
 
     Returns:
-        The exit status: 0, or 1 for a failure, 2 if it was an option's fault.
+        The exit status: 0, or 1 for a failure, 2 if an option was at fault, 130 if interrupted.
     """
     if launched:
         follow_parent()
     with contextlib.ExitStack() as stack:
         try:
             summary = _train(options, stack)
+        except KeyboardInterrupt:
+            if not launched:
+                raise
+            return 130  # the launcher was interrupted, and says so
         except Exception as error:
             # Before the stack closes the transport and the others hear of it: this is the cause, theirs are not.
             failure = record_failure(error, int(os.environ.get("RANK", "0")))
@@ -229,7 +233,7 @@ class _Run:
         for epoch in range(1, task.epochs + 1):
             loss, accuracy = self._epoch(epoch, reporter)
             reporter.epoch(epoch=epoch, epochs=task.epochs, loss=loss, accuracy=accuracy, train_s=self.train_s)
-        stats = cast("dict[str, Any]", self.sync.stats())
+        stats = self.sync.stats()
         return Summary(
             rank=self.sync.rank,
             task=options.task,
@@ -317,5 +321,5 @@ class _Run:
                 found = task.model(inputs.to(self.device)).argmax(1).cpu()
                 counts += torch.tensor([(found == targets.cpu()).sum(), len(targets)])
         task.model.train()
-        correct, total = sync.average(counts).tolist()
-        return 100 * correct / total
+        mean = sync.average(counts)
+        return 100 * float(mean[0] / mean[1])

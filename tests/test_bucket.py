@@ -99,7 +99,7 @@ def some_message() -> tuple[Message, list[Piece]]:
 
 def test_messages_round_trip() -> None:
     message, pieces = some_message()
-    data = b"".join(message.buffers())
+    data = b"".join(message.buffers)
     assert len(data) <= max_message_bytes(pieces, 9)
     for offset in (0, 1):  # whatever the alignment
         shifted = memoryview(b"x" * offset + data)[offset:]
@@ -110,7 +110,7 @@ def test_messages_round_trip() -> None:
 
 def test_malformed_messages_are_refused() -> None:
     message, pieces = some_message()
-    data = b"".join(message.buffers())
+    data = b"".join(message.buffers)
     with pytest.raises(gradcomp.PacketError, match="expected"):
         Message.parse(memoryview(data), pieces, 10, CPU)
     with pytest.raises(gradcomp.PacketError, match="expected"):
@@ -122,13 +122,13 @@ def test_malformed_messages_are_refused() -> None:
         Message.parse(memoryview(data + bytes(1)), pieces, 9, CPU)
     with pytest.raises(gradcomp.PacketError, match="over the most"):
         fat = Message((NoCompression().encode(torch.zeros(500)), *message.packets[1:]), message.present)
-        Message.parse(memoryview(b"".join(fat.buffers())), pieces, 9, CPU)
+        Message.parse(memoryview(b"".join(fat.buffers)), pieces, 9, CPU)
 
 
 def test_no_mutated_message_gets_past_but_as_another_message() -> None:
     """One flipped byte anywhere: refused, or the very bytes of what was parsed."""
     message, pieces = some_message()
-    data = b"".join(message.buffers())
+    data = b"".join(message.buffers)
     chooser = random.Random(0)
     refused = 0
     for _ in range(5000):
@@ -140,5 +140,5 @@ def test_no_mutated_message_gets_past_but_as_another_message() -> None:
         except gradcomp.PacketError:
             refused += 1
         else:
-            assert b"".join(parsed.buffers()) == mutated
+            assert b"".join(parsed.buffers) == mutated
     assert refused > 500

@@ -49,6 +49,11 @@ def packed(header: Header, payload: bytes = PAYLOAD) -> bytes:
     return pack_header(header, digest_payload(payload))
 
 
+def unpack_and_verify(data: bytearray) -> None:
+    unpack_header(data)
+    verify(data, PAYLOAD)
+
+
 def test_golden_bytes() -> None:
     assert packed(GOOD).hex() == GOLDEN
     assert unpack_header(bytes.fromhex(GOLDEN)) == GOOD
@@ -60,8 +65,7 @@ def test_every_changed_header_bit_is_noticed(bit: int) -> None:
     changed = bytearray(packed(GOOD))
     changed[bit // 8] ^= 1 << bit % 8
     with pytest.raises(PacketError):
-        unpack_header(changed)
-        verify(changed, PAYLOAD)
+        unpack_and_verify(changed)
 
 
 def test_every_changed_payload_bit_is_noticed() -> None:
@@ -198,10 +202,10 @@ def test_chunks_are_the_parts_and_no_longer_than_allowed(parts: list[bytes], lim
 def test_big_parts_are_not_copied_and_small_ones_are_joined() -> None:
     big = bytes(3 << 20)
     message = Outgoing([b"head", big, b"tail"], MAX_CHUNK_BYTES)
-    lengths = []
+    lengths: list[int] = []
     while sum(lengths) < message.total:
         lengths.append(message.chunk(len(lengths)).length)
-    assert len(lengths) == 4
+    assert lengths == [128 << 10, 1 << 20, 1 << 20, (7 << 17) + 4, 4]
     chunks = list(cut([memoryview(b"head"), memoryview(big), memoryview(b"tail")], MAX_CHUNK_BYTES))
     assert sum(isinstance(chunk, memoryview) and chunk.obj is big for chunk in chunks) >= 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gradcomp.integrations.worker import RunOptions, train
+from gradcomp.integrations.worker import RunOptions, train, work
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 60
@@ -153,21 +154,47 @@ def test_an_interrupt_ends_the_workers(task_file: str, tmp_path: Path) -> None:
     assert (tmp_path / "run.jsonl").stat().st_size == size, "a worker is still training"
 
 
-def test_torchrun_starts_workers_too(task_file: str, tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--master-addr=127.0.0.1")
-    done = run(*torchrun, "--master-port=0", "-m", "gradcomp", "worker", task_file, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("compressor  workers  accuracy")
+@pytest.mark.usefixtures("alone")
+def test_a_worker_by_itself_prints_its_result_and_explains_its_failure(
+    task_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert work(RunOptions(task=task_file, epochs=1, quiet=True)) == 0
+    assert capsys.readouterr().out.startswith("compressor  workers  accuracy")
+    assert work(RunOptions(task=task_file, batch_size=65, quiet=True)) == 2
+    assert capsys.readouterr().err.startswith("rank 0 failed: task ")
+    assert work(RunOptions(task=task_file, settings=("fail=explode",), quiet=True)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("rank 0 failed: KeyError: 'explode'\n")
 
 
-def test_an_existing_script_trains_by_itself_and_in_two_processes(tmp_path: Path) -> None:
+def test_an_existing_script_trains_under_torchrun(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     script = str(ROOT / "examples" / "train_existing.py")
-    alone = run(script, folder=tmp_path)
-    assert alone.returncode == 0, alone.stderr
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
-    together = run(*torchrun, script, folder=tmp_path)
-    assert together.returncode == 0, together.stderr
-    last = [line for line in together.stdout.splitlines() if line.startswith("epoch 10 ")]
-    assert len(last) == 2
-    assert len({line.rpartition("accuracy")[2] for line in last}) == 1, "replicas differ"
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    accuracy = [float(found) for found in re.findall(r"epoch 15  loss [\d.]+  accuracy ([\d.]+) %", done.stdout)]
+    assert len(accuracy) == 2, done.stdout
+    assert accuracy[0] == accuracy[1], "replicas differ"
+    assert accuracy[0] > 90
+
+
+def test_the_existing_script_is_ordinary() -> None:
+    lines = (ROOT / "examples" / "train_existing.py").read_text().partition('"""\n\n')[2].splitlines()
+    assert sum("gradcomp" in line or "sync" in line for line in lines) == sum("# +" in line for line in lines) == 3
+
+
+def test_the_readmes_plug_in_keeps_the_contract() -> None:
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    namespace: dict[str, object] = {"__name__": "readme"}
+    exec(block, namespace)  # ends with check_compressor(Byte())
+    assert "Byte" in namespace
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_documented_task_trains(tmp_path: Path) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "WORKERS.md").read_text(), re.DOTALL)
+    (tmp_path / "documented.py").write_text(block)
+    summary = train(RunOptions(task=str(tmp_path / "documented.py"), settings=("lr=0.05", "width=32"), quiet=True))
+    assert summary.steps == 250
+    assert summary.accuracy > 80

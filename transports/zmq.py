@@ -150,6 +150,7 @@ class ZmqTransport(Transport):
             router = secure_socket(context, zmq.ROUTER)
             router.backlog = self.world_size + 64
             router.router_handover = 0
+            router.ipv6 = host is not None and ":" in host
             router.bind(endpoint(host, folder))
             mine = Record(
                 rank=self.rank,

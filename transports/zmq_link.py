@@ -38,7 +38,6 @@ def secure_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Soc
     """A socket with everything bounded that ZeroMQ leaves unbounded."""
     socket = context.socket(kind)
     socket.linger = 0
-    socket.ipv6 = True
     socket.maxmsgsize = MAX_CHUNK_BYTES + 4096
     socket.handshake_ivl = _HANDSHAKE_MS
     socket.rcvhwm = _RECEIVE_CHUNKS
@@ -98,6 +97,7 @@ class Link:
         self.dealer.heartbeat_ivl = _HEARTBEAT_MS
         self.dealer.heartbeat_timeout = int(silence_s * 1000)
         self.dealer.heartbeat_ttl = int(silence_s * 2000)
+        self.dealer.ipv6 = "[" in theirs.endpoint
         self.monitor = self.dealer.get_monitor_socket(_GONE)
         self.dealer.connect(theirs.endpoint)
 

@@ -15,7 +15,7 @@ from gradcomp.kernels.reference import (
     add_sign_map,
     encode_bits,
     pack_bits,
-    sample_quantile,
+    sample_largest,
     scatter_signs,
     unpack_bits,
 )
@@ -26,7 +26,7 @@ __all__ = [
     "add_sign_map",
     "encode_bits",
     "pack_bits",
-    "sample_quantile",
+    "sample_largest",
     "scatter_signs",
     "select_largest",
     "select_threshold",

@@ -22,7 +22,7 @@ __all__ = [
     "add_sign_map",
     "encode_bits",
     "pack_bits",
-    "sample_quantile",
+    "sample_largest",
     "scatter_signs",
     "select_largest",
     "select_threshold",
@@ -176,33 +176,22 @@ def add_bits(out: Tensor, scales: Tensor, bits: Tensor, block: int) -> None:
             target[whole:] += torch.where(negative[whole:], rows[-1, 0], rows[-1, 1])
 
 
-def sample_quantile(grad: Tensor, residual: Tensor | None, density: float) -> float:
-    """A threshold that about ``density`` of the elements pass, from up to 65536 of them at an even, odd-sized stride.
+def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight: float = 1.0) -> Tensor:
+    """The largest magnitudes in a sample of ``weight * grad + residual``: ``density`` of it, one at least.
 
-    The same input gives the same threshold. At least one element of the sample passes. If the threshold would be zero,
-    as most elements are, it is the median magnitude of the others in the sample.
+    The sample is taken at an even stride, so that the same input gives the same result.
 
     Returns:
-        The threshold, > 0; 0 if the sample is all zeros; NaN or Inf if it holds such.
+        float32, falling; NaN and Inf come first. Empty if ``grad`` is.
     """
-    # Odd: rows and channels are of even length, and a stride that divides them would see a few columns only.
-    stride = -(-grad.numel() // _SAMPLE) | 1
-    sample = _accumulate(grad[::stride], None if residual is None else residual[::stride], slice(0, None), None).abs()
-    if not sample.numel():
-        return 0.0
-    bad = _nonfinite_value(sample)
-    if bad:
-        return bad
-    kept = max(1, round(density * sample.numel()))
-    tau = sample.kthvalue(sample.numel() - kept + 1).values
-    if tau == 0:
-        sample = sample[sample > 0]
-        if not sample.numel():
-            return 0.0
-        tau = sample.median()
-    # A little lower, so that the element it came from passes: else a constant gradient would send nothing.
-    below = torch.nextafter(tau, torch.zeros_like(tau))
-    return float(below if below > 0 else tau)
+    # Enough that a few elements of it are wanted. At an odd stride: rows and channels are of even length, and a stride
+    # that divides them would see a few columns only.
+    stride = -(-grad.numel() // max(_SAMPLE, math.ceil(8 / density))) | 1
+    sample = grad[::stride].to(torch.float32) * weight
+    if residual is not None:
+        sample += residual[::stride]
+    count = min(max(1, round(density * sample.numel())), sample.numel())
+    return sample.abs().topk(count).values
 
 
 def select_largest(
@@ -217,8 +206,10 @@ def select_largest(
         Indices (int64, increasing) and values (float32), at most k; or a float if acc is not finite everywhere.
     """
     numel = grad.numel()
-    # Whatever the sample says, the k largest are among those that pass if k pass at least. A little more than k should.
-    tau = sample_quantile(grad, residual, min(1.25 * k / numel + 1e-4, 1.0)) if 4 * k < numel else 0.0
+    tau = 0.0
+    if 4 * k < numel:
+        # Whatever the sample says: if k elements pass, the k largest are among them. A few more than k should.
+        tau = float(sample_largest(grad, residual, 1.25 * k / numel + 1e-4)[-1])
     found = select(grad, residual, tau if math.isfinite(tau) else 0.0)
     for fewer in (tau / 2, 0.0):
         if isinstance(found, float) or len(found[0]) >= k or not tau:
