@@ -59,6 +59,9 @@ class ZmqTransport(Transport):
         ipc: unix-domain sockets in a private folder instead of TCP; all ranks must run on one host.
         timeout_s: how long a blocking call may take, in seconds.
         silence_s: a peer that does not answer for so long is lost, in seconds. More for links below some 20 Mb/s.
+        buffer_bytes: how much a connection may have under way. Small, so that connections that share a link share it
+            evenly and an all-gather has no straggler; a connection over a long round trip gets no more than
+            ``buffer_bytes`` per round trip. 0: the kernel decides.
         address: IP address to receive on; None: the one that routes to the master, or loopback if torchrun says that
             all ranks run on this host.
         master: ``host:port`` instead of MASTER_ADDR and MASTER_PORT.
@@ -74,6 +77,7 @@ class ZmqTransport(Transport):
     ipc: bool = False
     timeout_s: float = 300.0
     silence_s: float = 3.0
+    buffer_bytes: int = 128 << 10
     address: str | None = None
     master: str | None = None
     run: str | None = None
@@ -85,6 +89,7 @@ class ZmqTransport(Transport):
         check_flag(self.id, "ipc", self.ipc)
         check_number(self.id, "timeout_s", self.timeout_s, above=0)
         check_number(self.id, "silence_s", self.silence_s, at_least=0.1, at_most=3600)
+        check_integer(self.id, "buffer_bytes", self.buffer_bytes, at_least=0, at_most=1 << 30)
         for name in ("address", "master", "run"):
             if getattr(self, name) is not None:
                 check_text(self.id, name, getattr(self, name))

@@ -74,7 +74,9 @@ class Link:
         theirs: Record,
         session: Session,
         mailbox: Mailbox,
+        *,
         silence_s: float,
+        buffer_bytes: int,
     ) -> None:
         self.peer = theirs.rank
         self.identity = theirs.identity
@@ -97,6 +99,8 @@ class Link:
         self.dealer.heartbeat_ivl = _HEARTBEAT_MS
         self.dealer.heartbeat_timeout = int(silence_s * 1000)
         self.dealer.heartbeat_ttl = int(silence_s * 2000)
+        if buffer_bytes:
+            self.dealer.sndbuf = buffer_bytes
         self.dealer.ipv6 = "[" in theirs.endpoint
         self.monitor = self.dealer.get_monitor_socket(_GONE)
         self.dealer.connect(theirs.endpoint)
