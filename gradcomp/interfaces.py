@@ -81,11 +81,14 @@ class Compressor(Configured, ABC):
         """The most bytes a packet for ``numel`` elements can have: what a receiver is ready to take."""
 
     def typical_nbytes(self, numel: int) -> int:
-        """Bytes to expect of a packet; from the config alone, so that all ranks choose the same exchange."""
+        """Bytes to expect of a packet, at most ``max_nbytes``; from the config alone: all ranks must expect the same."""
         return self.max_nbytes(numel)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
-        """Make ``state`` what it is after ``packet`` = ``encode(grad, state)`` was sent: residual += grad - decoded."""
+        """Make ``state`` what it is after ``packet`` = ``encode(grad, state)`` was sent: residual += grad - decoded.
+
+        What else a compressor learns (a threshold, say) it learns here, from ``packet.scalar`` and ``packet.count``.
+        """
         residual = state.get("residual")
         if residual is not None:
             residual.add_(grad.reshape(-1))

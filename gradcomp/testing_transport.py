@@ -67,7 +67,7 @@ def run_ranks(
 
     Raises:
         AssertionError: one was not done after ``deadline_s``.
-        Exception: what the first body raised that raised anything.
+        Exception: what a body raised; PeerLost only if none raised anything else.
     """
     results: dict[int, T] = {}
     errors: dict[int, BaseException] = {}
@@ -86,8 +86,9 @@ def run_ranks(
     end = time.monotonic() + deadline_s
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
-    for index in sorted(errors):
-        raise errors[index]
+    # Not what the others saw when the first one left.
+    for error in sorted(errors.values(), key=lambda error: isinstance(error, PeerLost)):
+        raise error
     stuck = [transports[i].rank for i, thread in enumerate(threads) if thread.is_alive()]
     _expect(not stuck, f"ranks {stuck} are not done after {deadline_s:g} s")
     return [results[i] for i in range(len(transports))]

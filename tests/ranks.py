@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-import gradcomp
+from gradcomp import testing_transport
 from gradcomp.transports.inproc import InprocTransport
-
-DEADLINE_S = 60.0
 
 
 def run_ranks(world_size: int, function: Callable[[Any], Any], *, timeout_s: float = 20.0) -> list[Any]:
-    """``function(transport)`` on every rank at once; their results, or the first rank's error, in rank order."""
+    """``function(transport)`` on every rank at once; their results in rank order, or the error that came first."""
     transports = InprocTransport.world(world_size, timeout_s=timeout_s)
-    results: list[Any] = [None] * world_size
-    errors: list[BaseException | None] = [None] * world_size
-
-    def target(rank: int) -> None:
-        try:
-            results[rank] = function(transports[rank])
-        except BaseException as error:
-            errors[rank] = error
-        finally:
-            transports[rank].close()
-
-    threads = [threading.Thread(target=target, args=(rank,), daemon=True) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-    if any(thread.is_alive() for thread in threads):
-        raise TimeoutError(f"ranks still running after {DEADLINE_S:g} s")
-    for error in errors:
-        # What a rank failed with first, not that the others then lost it.
-        if error is not None and not isinstance(error, gradcomp.PeerLost):
-            raise error
-    for error in errors:
-        if error is not None:
-            raise error
-    return results
+    return testing_transport.run_ranks(transports, function)
 
 
 def outcomes(world_size: int, function: Callable[[Any], Any], *, timeout_s: float = 20.0) -> list[Any]:

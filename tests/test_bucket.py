@@ -120,8 +120,8 @@ def test_malformed_messages_are_refused() -> None:
             Message.parse(memoryview(data[:length]), pieces, 9, CPU)
     with pytest.raises(gradcomp.PacketError, match="does not hold"):
         Message.parse(memoryview(data + bytes(1)), pieces, 9, CPU)
+    fat = Message((NoCompression().encode(torch.zeros(500)), *message.packets[1:]), message.present)
     with pytest.raises(gradcomp.PacketError, match="over the most"):
-        fat = Message((NoCompression().encode(torch.zeros(500)), *message.packets[1:]), message.present)
         Message.parse(memoryview(b"".join(fat.buffers)), pieces, 9, CPU)
 
 

@@ -65,8 +65,7 @@ def run_on(hosts: list[str], script: Path, transport: str) -> list[dict[str, obj
     processes = [
         subprocess.Popen(
             ["ip", "netns", "exec", host, sys.executable, str(script), str(rank), transport],
-            env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "10.78.0.1", "MASTER_PORT": "29544"},
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "10.78.0.1", "MASTER_PORT": "29544"},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import gradcomp.registry
-from gradcomp.errors import ConfigError, PacketError, PeerLost, TransportError, TransportTimeout
+from gradcomp.errors import ConfigError, HandshakeError, PacketError, PeerLost, TransportError, TransportTimeout
 from gradcomp.interfaces import Slot, Transport
 from gradcomp.testing_transport import check_transport, run_ranks
 from gradcomp.transports.inproc import InprocTransport
@@ -198,3 +199,15 @@ def test_mailbox_keeps_what_came_before_a_loss() -> None:
     box.fail(TransportError("closed"))
     with pytest.raises(TransportError, match="closed"):
         box.claim(2, SLOT).result()
+
+
+def test_inproc_ranks_of_different_world_sizes_are_refused() -> None:
+    def meet(rank: int, world_size: int) -> str:
+        transport = InprocTransport(rank=rank, world_size=world_size, hub="sizes", timeout_s=20.0)
+        with pytest.raises(HandshakeError) as caught:
+            transport.connect({"version": "1"}, max_message_bytes=10)
+        return caught.value.field
+
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(meet, 0, 2), pool.submit(meet, 1, 3)]
+        assert [future.result(10.0) for future in found] == ["world_size", "world_size"]

@@ -359,6 +359,11 @@ def _start(world_size: int, program: str) -> list[subprocess.Popen[str]]:
     ]
 
 
+def _kill(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.kill()
+
+
 def _says(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == line + "\n"
@@ -367,7 +372,7 @@ def _says(process: subprocess.Popen[str], line: str) -> None:
 def test_a_killed_and_a_stopped_process_are_lost_and_nobody_hangs() -> None:
     processes = _start(3, _PROCESS)
     # Whatever goes wrong, nothing reads from these processes for ever.
-    watchdog = threading.Timer(60, lambda: [process.kill() for process in processes])
+    watchdog = threading.Timer(60, _kill, [processes])
     watchdog.start()
     try:
         for process in processes:

@@ -28,7 +28,7 @@ class _Hub:
         self.hellos: dict[int, bytes] = {}
 
 
-_hubs: WeakValueDictionary[tuple[int, str, int], _Hub] = WeakValueDictionary()
+_hubs: WeakValueDictionary[tuple[int, str], _Hub] = WeakValueDictionary()
 _hubs_lock = threading.Lock()
 
 
@@ -38,7 +38,7 @@ class InprocTransport(Transport):
 
     Attributes:
         rank, world_size: one transport for each rank; :meth:`world` makes them all.
-        hub: ranks of the same hub and world size meet.
+        hub: ranks of the same hub meet.
         timeout_s: how long a blocking call may take, in seconds.
     """
 
@@ -79,13 +79,13 @@ class InprocTransport(Transport):
             raise TransportError(f"rank {self.rank}: a transport connects once; make another one")
         self._max_message_bytes = max_message_bytes
         self._mailbox.max_unclaimed_bytes = max_unclaimed_bytes
-        key = (os.getpid(), self.hub, self.world_size)
+        key = (os.getpid(), self.hub)
         with _hubs_lock:
             hub = _hubs.get(key)
             if hub is None or self.rank in hub.members:  # a world that met before: this is the next one
                 hub = _hubs[key] = _Hub()
         self._meeting = hub
-        said = dict(hello) | {"max_message_bytes": max_message_bytes}
+        said = {"world_size": self.world_size, **hello, "max_message_bytes": max_message_bytes}
         try:
             self._meet(hub, said)
         except BaseException:
@@ -94,15 +94,19 @@ class InprocTransport(Transport):
 
     def _meet(self, hub: _Hub, hello: Mapping[str, str | int | bytes]) -> None:
         deadline = time.monotonic() + self.timeout_s
+        waiting = set(range(self.world_size))
         with hub.changed:
             hub.members[self.rank] = self
             hub.hellos[self.rank] = pack(hello)
             hub.changed.notify_all()
-            hub.changed.wait_for(lambda: len(hub.hellos) == self.world_size, deadline - time.monotonic())
-            missing = [str(rank) for rank in range(self.world_size) if rank not in hub.hellos]
-            said = dict(hub.hellos)
-        for peer in sorted(said):
-            compare(hello, unpack(said[peer]), rank=self.rank, peer=peer)
+            while waiting:
+                # Compared as they come: a rank that counts another world size waits for ranks that never will.
+                for peer in sorted(waiting & set(hub.hellos)):
+                    compare(hello, unpack(hub.hellos[peer]), rank=self.rank, peer=peer)
+                    waiting.discard(peer)
+                if waiting and not hub.changed.wait(max(deadline - time.monotonic(), 0.0)):
+                    break
+        missing = [str(rank) for rank in sorted(waiting)]
         if missing:
             raise TransportTimeout(
                 f"rank {self.rank}: rank {', '.join(missing)} did not come to {self.hub!r} within {self.timeout_s:g} s"

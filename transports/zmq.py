@@ -175,7 +175,18 @@ class ZmqTransport(Transport):
                 epoch=meeting.epoch,
                 max_message_bytes=self._max_message_bytes,
             )
-            links = [Link(context, mine, theirs, session, self._mailbox, self.silence_s) for theirs in others.values()]
+            links = [
+                Link(
+                    context,
+                    mine,
+                    theirs,
+                    session,
+                    self._mailbox,
+                    silence_s=self.silence_s,
+                    buffer_bytes=self.buffer_bytes,
+                )
+                for theirs in others.values()
+            ]
         except BaseException:
             context.destroy(0)
             raise

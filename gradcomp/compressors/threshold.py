@@ -33,8 +33,8 @@ _DEFAULT_DENSITY = 1e-3
 # gradient already, so 1 counts noise twice and finds tau too high; a gradient that stays the same wants 1. In between,
 # densities came out within a factor of 2 of what was asked for noise, alone or around a steady gradient, and of 5 for a
 # gradient that hardly changes. Raising tau after a step with too many elements and lowering it after one with too few
-# does worse, swinging by a factor of 10 and more: what waits in the residual piles up just below tau, so a small step of
-# tau lets a flood through.
+# does worse, swinging by a factor of 10 and more: what waits in the residual piles up just below tau, so a small step
+# of tau lets a flood through.
 _WEIGHT_OF_NEXT = 0.7
 _FLOAT32 = torch.finfo(torch.float32)
 
