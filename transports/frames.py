@@ -1,4 +1,4 @@
-"""The 64-byte header in front of every chunk on the wire; docs/FORMAT-frames.md is its specification."""
+"""The 64-byte header in front of every chunk on the wire; docs/FORMAT.md is its specification."""
 
 from __future__ import annotations
 

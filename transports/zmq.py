@@ -1,7 +1,7 @@
 """Peer to peer over ZeroMQ: TCP, or unix-domain sockets on one host.
 
 Every rank binds one ROUTER, on which it only receives, and connects one DEALER to every other rank, on which it only
-sends. What travels is specified in docs/FORMAT-frames.md.
+sends. What travels is specified in docs/FORMAT.md.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ _STAGES = ("compress_ms", "wait_ms", "decompress_ms", "hidden_fraction", "densit
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, context: object) -> None:
     with context:  # type: ignore[attr-defined]
-        nn.functional.cross_entropy(model(inputs), targets).backward()
+        nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
 
