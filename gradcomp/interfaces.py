@@ -81,7 +81,7 @@ class Compressor(Configured, ABC):
         """The most bytes a packet for ``numel`` elements can have: what a receiver is ready to take."""
 
     def typical_nbytes(self, numel: int) -> int:
-        """Bytes to expect of a packet, at most ``max_nbytes``; from the config alone: all ranks must expect the same."""
+        """Bytes to expect of a packet, at most ``max_nbytes``; from the config alone: all ranks expect the same."""
         return self.max_nbytes(numel)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:

@@ -322,4 +322,4 @@ class _Run:
                 counts += torch.tensor([(found == targets.cpu()).sum(), len(targets)])
         task.model.train()
         mean = sync.average(counts)
-        return 100 * float(mean[0] / mean[1])
+        return 100 * float(mean[0]) / float(mean[1])

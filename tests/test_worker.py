@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -128,7 +129,8 @@ def test_a_task_that_raises_on_one_rank_is_named_with_its_traceback(task_file: s
 def test_a_killed_worker_is_named(task_file: str, tmp_path: Path) -> None:
     done = run("-m", "gradcomp", "train", task_file, "--workers=2", "--set=fail=kill", folder=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "gradcomp: rank 1 failed: killed by SIGKILL\n"
+    assert done.stderr.endswith("gradcomp: rank 1 failed: killed by SIGKILL\n")
+    assert "Traceback" not in done.stderr
 
 
 def test_an_interrupt_ends_the_workers(task_file: str, tmp_path: Path) -> None:
@@ -148,7 +150,8 @@ def test_an_interrupt_ends_the_workers(task_file: str, tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert process.returncode == 130
-    assert err == "gradcomp: interrupted\n"
+    assert [line for line in err.splitlines() if "interrupted" in line] == ["gradcomp: interrupted"]
+    assert "Traceback" not in err
     size = (tmp_path / "run.jsonl").stat().st_size
     time.sleep(0.5)
     assert (tmp_path / "run.jsonl").stat().st_size == size, "a worker is still training"
@@ -184,11 +187,10 @@ def test_the_existing_script_is_ordinary() -> None:
     assert sum("gradcomp" in line or "sync" in line for line in lines) == sum("# +" in line for line in lines) == 3
 
 
-def test_the_readmes_plug_in_keeps_the_contract() -> None:
+def test_the_readmes_plug_in_keeps_the_contract(tmp_path: Path) -> None:
     [block] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    namespace: dict[str, object] = {"__name__": "readme"}
-    exec(block, namespace)  # ends with check_compressor(Byte())
-    assert "Byte" in namespace
+    (tmp_path / "plug_in.py").write_text(block)
+    assert "Byte" in runpy.run_path(str(tmp_path / "plug_in.py"))  # it ends with check_compressor(Byte())
 
 
 @pytest.mark.usefixtures("alone")

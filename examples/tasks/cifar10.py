@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradcomp import ConfigError
 from gradcomp.integrations.tasks import Task
 
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
@@ -65,23 +66,22 @@ def read_records(folder: Path, names: tuple[str, ...], limit: int | None) -> tup
     """Images uint8 (n, 3, 32, 32) and labels int64 (n,) of the first ``limit`` records of some files.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: a file is not whole records, or a label is above 9; names the file and the record.
+        ConfigError: a file is not there or not whole records, or a label is above 9; names the file and the record.
     """
     parts: list[np.ndarray] = []
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(
+            raise ConfigError(
                 f"{path} is not there; set folder= to the folder with {names[0]} of CIFAR-10's binary version"
             )
         found = np.fromfile(path, dtype=np.uint8)
         if found.size == 0 or found.size % RECORD_BYTES:
-            raise ValueError(f"{path}: {found.size} bytes are not whole records of {RECORD_BYTES} bytes")
+            raise ConfigError(f"{path}: {found.size} bytes are not whole records of {RECORD_BYTES} bytes")
         records = found.reshape(-1, RECORD_BYTES)
         wrong = np.flatnonzero(records[:, 0] > 9)
         if wrong.size:
-            raise ValueError(f"{path}: record {wrong[0]} has label {records[wrong[0], 0]}; labels are 0 to 9")
+            raise ConfigError(f"{path}: record {wrong[0]} has label {records[wrong[0], 0]}; labels are 0 to 9")
         parts.append(records)
         if limit is not None and sum(map(len, parts)) >= limit:
             break
