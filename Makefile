@@ -1,10 +1,10 @@
-# make demo, make test, make lint, make bench: each installs what it needs into .venv once, then works offline.
+# make demo, test, lint, bench, soak: each installs what it needs into .venv once, then works offline.
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench soak clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,8 +22,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What they measure, and how to run them on hosts of your own: docs/BENCHMARKS.md
+RANKS := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node
 bench: $(INSTALLED)
-	$(BIN)/gradcomp bench $(or $(ARGS),all-gather)
+	$(RANKS) 4 -m gradcomp.bench.all_gather --sizes 0.1,4,16 --beside-gloo
+	$(RANKS) 4 -m gradcomp.bench.step_time --model dense --steps 8 --beside-ddp
+	$(BIN)/gradcomp bench memory
+
+soak: $(INSTALLED)
+	GRADCOMP_SOAK_STEPS=200 $(BIN)/python -m pytest tests/test_engine.py -k identical $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

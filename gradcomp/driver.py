@@ -115,6 +115,7 @@ class Driver:
     def _advance(self, bucket: _Bucket) -> None:
         if bucket.awaited:
             self._transport.wait(bucket.awaited, timeout_s=0.0)
+            bucket.awaited = ()  # the messages' memory is the exchange's to free
         try:
             bucket.awaited = next(bucket.steps)
             bucket.deadline = time.monotonic() + self._transport.timeout_s

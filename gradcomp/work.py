@@ -61,7 +61,8 @@ class BucketWork(Work):
         self._present = tuple(tensors[p].grad is not None for p in bucket.parameters)
         self._joined: dict[int, Tensor] = {}
         self._outs: dict[int, Tensor] = {}
-        self._undelivered = {i: unit.numel for i, unit in enumerate(bucket.units)}
+        self._unencoded = {i: unit.numel for i, unit in enumerate(bucket.units)}
+        self._undelivered = dict(self._unencoded)
         self._uncommitted: list[tuple[Compressor, Tensor, Packet, State]] = []
         self._held: list[tuple[Piece, list[Packet | None], list[bool]]] = []
 
@@ -133,7 +134,13 @@ class BucketWork(Work):
             return None
         grad = whole if piece.numel == whole.numel() else whole.view(-1)[piece.start : piece.stop].view(piece.shape)
         if piece.codec.stateless:
-            return piece.codec.encode(grad)
+            packet = piece.codec.encode(grad)
+            self._unencoded[piece.unit] -= piece.numel
+            if self._unencoded[piece.unit] == 0:
+                self._joined.pop(
+                    piece.unit, None
+                )  # the packets have all of it, and it may be long until the sum is here
+            return packet
         name = self._name(piece)
         state = self._store.get(name, piece, "gradient", grad)
         packet = piece.codec.encode(grad, state)
@@ -180,7 +187,7 @@ class BucketWork(Work):
     def _gradient(self, index: int) -> Tensor | None:
         """A unit's gradient, contiguous and unit-shaped; None if no parameter of it has one."""
         unit = self._bucket.units[index]
-        if len(unit.parameters) == 1 and not unit.codec.stateless:
+        if len(unit.parameters) == 1:
             grad = self._tensors[unit.parameters[0]].grad
             return None if grad is None else grad.detach().contiguous()
         if index not in self._joined:
@@ -203,15 +210,11 @@ class BucketWork(Work):
             unit = self._bucket.units[index]
             if not any(self._is_present(p, present) for p in unit.parameters):
                 return None
-            if index in self._joined:
-                self._outs[index] = self._joined[index]
+            grad = self._tensors[unit.parameters[0]].grad if len(unit.parameters) == 1 else None
+            if grad is not None and grad.dtype == torch.float32 and grad.is_contiguous():
+                self._outs[index] = grad.detach().view(-1)
             else:
-                grad = self._tensors[unit.parameters[0]].grad
-                direct = grad is not None and grad.dtype == torch.float32 and grad.is_contiguous()
-                if direct and not unit.codec.stateless and grad is not None:
-                    self._outs[index] = grad.detach().view(-1)
-                else:
-                    self._outs[index] = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
+                self._outs[index] = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
         return self._outs[index]
 
     def _put_back(self, index: int, out: Tensor, present: Sequence[bool]) -> None:
@@ -226,7 +229,6 @@ class BucketWork(Work):
             if part.data_ptr() != tensor.grad.data_ptr():
                 tensor.grad.detach().copy_(part.view(tensor.shape))
         del self._outs[index]
-        self._joined.pop(index, None)
 
     def _is_present(self, position: int, present: Sequence[bool]) -> bool:
         return present[self._bucket.parameters.index(position)]

@@ -77,7 +77,7 @@ class ZmqTransport(Transport):
     ipc: bool = False
     timeout_s: float = 300.0
     silence_s: float = 3.0
-    buffer_bytes: int = 128 << 10
+    buffer_bytes: int = 64 << 10
     address: str | None = None
     master: str | None = None
     run: str | None = None

@@ -40,23 +40,30 @@ def _train(rank: int, workers: int, port: int, options: argparse.Namespace, resu
         sync = gradcomp.attach(
             optimizer, model=model, compressor=options.compressor, exchange=options.exchange, transport=transport
         )
-    packets = 0.0
+    packets, residuals = 0.0, 0
     inputs = torch.randn(8, 1000, generator=torch.Generator().manual_seed(rank))
     for _ in range(options.steps):
         optimizer.zero_grad(set_to_none=False)  # gradients stay allocated, as memory of the training itself
         model(inputs).square().mean().backward()
         optimizer.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if sync is not None:
         stats = sync.stats()
         packets = workers * stats["packet_bytes"] / stats["steps"]
+        residuals = _tensor_bytes(sync.state_dict()["states"])
         sync.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if rank == 0:
-        results.put((peak, packets))
+        results.put((peak, packets, residuals))
 
 
-def _peak(workers: int, options: argparse.Namespace, attached: bool) -> tuple[float, float]:
-    """Peak resident bytes of rank 0, and the bytes of all ranks' packets of a step."""
+def _tensor_bytes(tree: Any) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    return sum(_tensor_bytes(branch) for branch in tree.values())
+
+
+def _peak(workers: int, options: argparse.Namespace, attached: bool) -> tuple[float, float, int]:
+    """Bytes: rank 0's peak resident size, all ranks' packets of a step, and what rank 0 keeps between steps."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with socket.socket() as free:
@@ -72,7 +79,7 @@ def _peak(workers: int, options: argparse.Namespace, attached: bool) -> tuple[fl
         process.join(300.0)
         if process.exitcode != 0:
             raise gradcomp.WorkerFailed(f"a worker ended with exit status {process.exitcode}")
-    found: tuple[float, float] = results.get()
+    found: tuple[float, float, int] = results.get()
     return found
 
 
@@ -86,11 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    alone, _ = _peak(1, options, attached=False)
-    exchanged, packets = _peak(options.workers, options, attached=True)
-    stateless = gradcomp.compressor(options.compressor).stateless
+    alone, _, _ = _peak(1, options, attached=False)
+    exchanged, packets, residuals = _peak(options.workers, options, attached=True)
     model_bytes = 4 * sum(p.numel() for p in network(options.megabytes).parameters())
-    allowed = (0 if stateless else model_bytes) + 2 * 25 * _MIB + packets
+    allowed = residuals + 2 * 25 * _MIB + packets
     result = {
         "compressor": options.compressor,
         "exchange": options.exchange,
@@ -99,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "alone_mib": round(alone / _MIB, 1),
         "added_mib": round((exchanged - alone) / _MIB, 1),
         "allowed_mib": round(allowed / _MIB, 1),
+        "residuals_mib": round(residuals / _MIB, 1),
         "packets_mib": round(packets / _MIB, 2),
     }
     if options.json:

@@ -46,18 +46,18 @@ class TwoShot(Exchange):
         others = [(work.rank + turn) % work.world_size for turn in range(1, work.world_size)]
         shards = {owner: [piece for piece in work.pieces if piece.owner == owner] for owner in ranks}
         own = shards[work.rank]
-        messages = {}
-        for owner in [*others, work.rank]:
+        for owner in others:
             if shards[owner]:
-                messages[owner] = work.encode(shards[owner])
-                if owner != work.rank:
-                    work.send(owner, 0, messages[owner])
+                work.send(owner, 0, work.encode(shards[owner]))
         reduced = {}
         if own:
+            mine = work.encode(own)
             incoming = {peer: work.recv(peer, 0) for peer in others}
             yield list(incoming.values())
-            parts = [messages[work.rank] if r == work.rank else work.parse(own, incoming[r]) for r in ranks]
-            reduced[work.rank] = work.reduce(own, parts)
+            # Nothing of this stage is kept for the next one: a dense shard of every rank is a whole gradient.
+            reduced[work.rank] = work.reduce(
+                own, [mine if rank == work.rank else work.parse(own, incoming.pop(rank)) for rank in ranks]
+            )
             for peer in others:
                 work.send(peer, 1, reduced[work.rank])
         coming = {owner: work.recv(owner, 1) for owner in others if shards[owner]}
