@@ -137,9 +137,7 @@ class BucketWork(Work):
             packet = piece.codec.encode(grad)
             self._unencoded[piece.unit] -= piece.numel
             if self._unencoded[piece.unit] == 0:
-                self._joined.pop(
-                    piece.unit, None
-                )  # the packets have all of it, and it may be long until the sum is here
+                self._joined.pop(piece.unit, None)  # the packets have all of it now
             return packet
         name = self._name(piece)
         state = self._store.get(name, piece, "gradient", grad)

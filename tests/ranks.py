@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import gradcomp
 from gradcomp import testing_transport
 from gradcomp.transports.inproc import InprocTransport
 
@@ -59,3 +60,9 @@ def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step
 def parameters_of(net: nn.Module) -> list[torch.Tensor]:
     """A copy of the parameters."""
     return [parameter.detach().clone() for parameter in net.parameters()]
+
+
+def attach(net: nn.Module | None, optimizer: torch.optim.Optimizer, transport: Any, **options: Any) -> Any:
+    """:func:`gradcomp.attach` with options for small nets: no tensor is too small to compress, and several buckets."""
+    options = {"model": net, "dense": gradcomp.DenseRule(min_numel=0, min_dim=2), "bucket_bytes": 1024} | options
+    return gradcomp.attach(optimizer, transport=transport, **options)

@@ -18,7 +18,7 @@ import pytest
 DEADLINE_S = 90
 # Rank 0..n-1 train until something goes wrong; each prints one line when training runs, one when it failed.
 SCRIPT = """
-import json, os, sys, time
+import json, sys
 import torch
 from torch import nn
 import gradcomp
@@ -30,7 +30,6 @@ if "version" in options:
     gradcomp.engine.__version__ = options["version"]
 net = nn.Sequential(nn.Linear(64, options.get("width", 64)), nn.ReLU(), nn.Linear(options.get("width", 64), 4))
 optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-started = time.monotonic()
 try:
     sync = gradcomp.attach(optimizer, model=net, transport="zmq:timeout_s=60", **options.get("attach", {}))
     step = 0
