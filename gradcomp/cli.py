@@ -141,4 +141,4 @@ def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     module = importlib.import_module(f"gradcomp.bench.{arguments.name.replace('-', '_')}")
-    return int(module.main(rest) or DONE)
+    return int(module.main(rest))

@@ -64,7 +64,7 @@ class BucketWork(Work):
         self._unencoded = {i: unit.numel for i, unit in enumerate(bucket.units)}
         self._undelivered = dict(self._unencoded)
         self._uncommitted: list[tuple[Compressor, Tensor, Packet, State]] = []
-        self._held: list[tuple[Piece, list[Packet | None], list[bool]]] = []
+        self._held: list[tuple[Piece, list[Packet | None], set[int]]] = []
 
     # -- what an exchange calls ----------------------------------------------------------------------------------------
 
@@ -81,12 +81,11 @@ class BucketWork(Work):
             packets = [
                 self._reduce(piece, [message.packets[i] for message in messages]) for i, piece in enumerate(pieces)
             ]
-        present = tuple(any(flags) for flags in zip(*(m.present for m in messages), strict=True))
-        return Message(tuple(packets), present)
+        return Message(tuple(packets), _on_any_rank(messages))
 
     def deliver(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> None:
         """Make the sum of ``messages`` the gradient: now if stateless, else in :meth:`finish`."""
-        present = [any(flags) for flags in zip(*(m.present for m in messages), strict=True)]
+        present = {p for p, given in zip(self._bucket.parameters, _on_any_rank(messages), strict=True) if given}
         with self._record.timed("decompress_s"):
             for i, piece in enumerate(pieces):
                 packets = [message.packets[i] for message in messages]
@@ -167,7 +166,7 @@ class BucketWork(Work):
         self._uncommitted.append((piece.codec, total, packet, state))
         return packet
 
-    def _apply(self, piece: Piece, packets: Sequence[Packet | None], present: Sequence[bool]) -> None:
+    def _apply(self, piece: Piece, packets: Sequence[Packet | None], present: set[int]) -> None:
         out = self._out(piece.unit, present)
         if out is None:
             return
@@ -202,11 +201,11 @@ class BucketWork(Work):
             self._joined[index] = flat
         return self._joined[index].view(unit.shape)
 
-    def _out(self, index: int, present: Sequence[bool]) -> Tensor | None:
+    def _out(self, index: int, present: set[int]) -> Tensor | None:
         """Where a unit's sum is built, flat float32: ``p.grad`` itself where it can be."""
         if index not in self._outs:
             unit = self._bucket.units[index]
-            if not any(self._is_present(p, present) for p in unit.parameters):
+            if present.isdisjoint(unit.parameters):
                 return None
             grad = self._tensors[unit.parameters[0]].grad if len(unit.parameters) == 1 else None
             if grad is not None and grad.dtype == torch.float32 and grad.is_contiguous():
@@ -215,12 +214,12 @@ class BucketWork(Work):
                 self._outs[index] = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
         return self._outs[index]
 
-    def _put_back(self, index: int, out: Tensor, present: Sequence[bool]) -> None:
+    def _put_back(self, index: int, out: Tensor, present: set[int]) -> None:
         unit = self._bucket.units[index]
         parts = torch.split(out, [self._table[p].numel for p in unit.parameters])
         for position, part in zip(unit.parameters, parts, strict=True):
             tensor = self._tensors[position]
-            if not self._is_present(position, present):
+            if position not in present:
                 continue  # no rank had a gradient: the optimizer must not see one
             if tensor.grad is None:
                 tensor.grad = torch.empty_like(tensor)
@@ -228,8 +227,10 @@ class BucketWork(Work):
                 tensor.grad.detach().copy_(part.view(tensor.shape))
         del self._outs[index]
 
-    def _is_present(self, position: int, present: Sequence[bool]) -> bool:
-        return present[self._bucket.parameters.index(position)]
-
     def _name(self, piece: Piece) -> str:
         return self._table[self._bucket.units[piece.unit].parameters[0]].name
+
+
+def _on_any_rank(messages: Sequence[Message]) -> tuple[bool, ...]:
+    """For each of the bucket's parameters, whether any sender had a gradient."""
+    return tuple(any(flags) for flags in zip(*(message.present for message in messages), strict=True))

@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,9 +48,9 @@ def _with_gloo(world_size: int) -> Gather:
     return gather
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; rank 0 prints a table, or a JSON line a measurement."""
-    parser = argparse.ArgumentParser(prog="gradcomp.bench.all_gather", description=__doc__.partition("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; rank 0 prints a table, or a JSON line a measurement."""
+    parser = argparse.ArgumentParser(prog="gradcomp bench all-gather", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--transport", default="zmq", help="spec, e.g. zmq:insecure=true (default: %(default)s)")
     parser.add_argument("--sizes", default="0.1,4", help="MiB from each rank, comma-separated (default: %(default)s)")
     parser.add_argument(
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--link", help="rate of the link, e.g. 1gbit: print the share of it that was used")
     parser.add_argument("--beside-gloo", action="store_true", help="measure torch.distributed's Gloo, alternating")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     try:
         sizes = [int(float(text) * (1 << 20)) for text in options.sizes.split(",")]
     except ValueError:
@@ -94,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         connection.close()
         if options.beside_gloo:
             dist.destroy_process_group()
+    return 0
 
 
 def _report(
@@ -122,4 +123,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
