@@ -33,10 +33,11 @@ def broadcast(transport: Transport, tensors: Sequence[Tensor]) -> None:
         return
     for number, chunk in enumerate(_chunks(tensors), start=1):
         if transport.rank == 0:
-            _scatter(transport, number, _to_bytes(chunk))
+            # A copy: the parameters change while it may still be on its way.
+            _scatter(transport, number, bytes(_bytes_of(chunk)))
         else:
             data = _gather(transport, number, chunk.numel() * chunk.element_size())
-            chunk.copy_(torch.frombuffer(bytearray(data), dtype=chunk.dtype).view_as(chunk))
+            chunk.copy_(torch.frombuffer(data, dtype=chunk.dtype).view_as(chunk))
 
 
 def _scatter(transport: Transport, number: int, data: bytes) -> None:
@@ -46,15 +47,16 @@ def _scatter(transport: Transport, number: int, data: bytes) -> None:
         transport.send(i + 1, Slot(number, BROADCAST_BUCKET, 1), [part])
 
 
-def _gather(transport: Transport, number: int, nbytes: int) -> bytes:
+def _gather(transport: Transport, number: int, nbytes: int) -> bytearray:
     peers = [peer for peer in range(1, transport.world_size) if peer != transport.rank]
     incoming: dict[int, Incoming] = {peer: transport.recv(peer, Slot(number, BROADCAST_BUCKET, 2)) for peer in peers}
     (own,) = transport.wait([transport.recv(0, Slot(number, BROADCAST_BUCKET, 1))])
     for peer in peers:
         transport.send(peer, Slot(number, BROADCAST_BUCKET, 2), [own])
     transport.wait(list(incoming.values()))
-    incoming_parts = [own if r == transport.rank else incoming[r].result() for r in range(1, transport.world_size)]
-    data = b"".join(incoming_parts)
+    data = bytearray().join(
+        own if r == transport.rank else incoming[r].result() for r in range(1, transport.world_size)
+    )
     if len(data) != nbytes:
         raise PacketError(f"broadcast chunk {number} has {len(data)} bytes, expected {nbytes}")
     return data
@@ -64,6 +66,8 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """Views of at most 8 MiB that cover the tensors."""
     for tensor in tensors:
         flat = tensor.detach()
+        if not flat.numel():
+            continue  # nothing to send, and torch makes no tensor of no bytes
         if not flat.is_contiguous():  # no flat view of it exists: whole, however large
             yield flat
             continue
@@ -103,9 +107,10 @@ def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str]
 def _digest(tensors: Sequence[Tensor]) -> bytes:
     digest = xxhash.xxh3_128()
     for tensor in tensors:
-        digest.update(_to_bytes(tensor))
+        digest.update(_bytes_of(tensor))
     return digest.digest()
 
 
-def _to_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Its bytes, where they lie if it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

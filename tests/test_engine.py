@@ -134,6 +134,18 @@ def test_parameters_and_buffers_start_as_rank_zeros() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_empty_tensors_are_no_trouble() -> None:
+    def rank_main(transport: Any) -> torch.Tensor:
+        weight, empty = nn.Parameter(torch.full((8, 8), float(transport.rank))), nn.Parameter(torch.zeros(0, 4))
+        with attach(None, torch.optim.SGD([weight, empty], lr=1.0), transport, compressor="topk:k=64"):
+            (weight.sum() + empty.sum()).backward()
+        assert weight.grad is not None
+        return weight.detach() + weight.grad
+
+    for got in run_ranks(2, rank_main):
+        assert torch.equal(got, torch.ones(8, 8))
+
+
 def test_no_sync_accumulates_locally() -> None:
     def rank_main(transport: Any) -> tuple[torch.Tensor, int]:
         weight = nn.Parameter(torch.zeros(4))
