@@ -83,7 +83,7 @@ class GradientExchange:
         self._bucket_of = {position: bucket for bucket in self._buckets for position in bucket.parameters}
         self._gradient_bytes = 4 * sum(row.numel for row in self._table)
         self._has_state = any(not row.codec.stateless for row in self._table)
-        self._store = StateStore()
+        self._store = StateStore(transport.rank)
         self._totals = Totals()
         self._step = 0
         self._turn = 0  # numbers messages; unlike the step it never goes back, not even when a state is loaded

@@ -33,13 +33,19 @@ class Compressor(Configured, ABC):
 
     A subclass writes :meth:`encode`, :meth:`decode_add` and :meth:`max_nbytes`. With error feedback it also calls
     ``super().new_state`` (which makes the residual), or replaces :meth:`commit` when more than the residual changes.
-    ``gradcomp.testing.check_compressor`` checks the whole contract.
+    Where a kernel can do both in one sweep, it replaces :meth:`encode_in_place`. One that draws random numbers replaces
+    :meth:`seed_state`. ``gradcomp.testing.check_compressor`` checks the whole contract.
 
     Attributes:
         stateless: encodes each element by itself and remembers nothing, so tensors may be joined and cut anywhere.
     """
 
     stateless: ClassVar[bool] = False
+
+    @property
+    def conserves(self) -> bool:
+        """Whether gradient + residual = decoded + new residual. Not so where momentum enters or clipping takes away."""
+        return True
 
     def new_state(self, grad: Tensor) -> State:
         """What must last between steps for a tensor like ``grad``.
@@ -50,6 +56,9 @@ class Compressor(Configured, ABC):
         if self.stateless:
             return {}
         return {"residual": torch.zeros(grad.numel(), dtype=torch.float32, device=grad.device)}
+
+    def seed_state(self, state: State, *, parameter: str, rank: int) -> None:
+        """Make random numbers of a new ``state`` differ by parameter and, unless ranks must agree, by rank."""
 
     @abstractmethod
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
@@ -94,16 +103,20 @@ class Compressor(Configured, ABC):
             residual.add_(grad.reshape(-1))
             self.decompress_add(packet, residual, -1.0)
 
+    def encode_in_place(self, grad: Tensor, state: State) -> Packet:
+        """:meth:`encode` and :meth:`commit` at once, to the same bits; ``state`` stays as it is if not finite."""
+        packet = self.encode(grad, state)
+        if not packet.is_nonfinite:
+            self.commit(grad, packet, state)
+        return packet
+
     @final
     def compress(self, grad: Tensor, state: State | None = None) -> Packet:
         """Encode ``grad`` and update ``state`` in place: ``grad + residual == decompress(packet) + new residual``.
 
         A non-finite gradient leaves ``state`` alone and gives a packet that decodes to non-finite values.
         """
-        packet = self.encode(grad, state)
-        if state is not None and not packet.is_nonfinite:
-            self.commit(grad, packet, state)
-        return packet
+        return self.encode(grad) if state is None else self.encode_in_place(grad, state)
 
     @final
     def decompress(self, packet: Packet) -> Tensor:

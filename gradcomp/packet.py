@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -18,30 +17,14 @@ from gradcomp import indices
 from gradcomp.errors import PacketError
 from gradcomp.indices import Coding
 from gradcomp.interfaces import Buffer
+from gradcomp.kinds import MAX_BLOCK, Kind, check, name_of
 
 __all__ = ["HEADER_NBYTES", "MAX_BLOCK", "Coding", "Kind", "Packet"]
 
-_HEADER = struct.Struct("<2s3B3sQQIf")  # magic, version, kind, coding, zeros, count, numel, block, scalar
+_HEADER = struct.Struct("<2s4B2sQQIf")  # magic, version, kind, coding, bits, zeros, count, numel, block, scalar
 HEADER_NBYTES = _HEADER.size
 _MAGIC, _VERSION = b"GC", 1
-MAX_BLOCK = 1 << 30
-_FIRST_PRIVATE = 128
 _CANONICAL_NAN = struct.pack("<I", 0x7FC00000)
-
-
-class Kind(IntEnum):
-    """What a payload holds. 128 to 255 belong to plug-ins, which check their payloads themselves."""
-
-    DENSE_F32 = 1
-    DENSE_F16 = 2
-    DENSE_BF16 = 3
-    SIGNS = 4  # a signed index set; every element is +-scalar
-    VALUES = 5  # float32 values, then an unsigned index set
-    BITS = 6  # two float32 scales a block, then a sign bit an element
-    NONFINITE = 7  # no payload: the gradient held NaN or Inf, and scalar says which
-
-
-_DENSE_NBYTES = {Kind.DENSE_F32: 4, Kind.DENSE_F16: 2, Kind.DENSE_BF16: 2}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,7 +38,8 @@ class Packet:
         count: elements named by the index set of SIGNS and VALUES; else 0.
         coding: how that set is written.
         scalar: SIGNS: the magnitude; NONFINITE: NaN or +-Inf; else 0. Rounded to float32.
-        block: BITS: elements that share two scales; else 0.
+        bits: bits of a code, for the kinds that hold codes; else 0.
+        block: elements that share their scales, for the kinds that have blocks; else 0.
     """
 
     kind: int
@@ -63,6 +47,7 @@ class Packet:
     payload: Tensor
     count: int = 0
     coding: Coding = Coding.NONE
+    bits: int = 0
     scalar: float = 0.0
     block: int = 0
     # The decoded index set, and whether the content was checked; so that neither is done twice.
@@ -156,14 +141,24 @@ class Packet:
     def require(self, kind: int) -> None:
         """Raise PacketError unless this is a well-formed packet of that kind: what ``decode_add`` calls first."""
         if self.kind != kind:
-            raise PacketError(f"packet kind is {_name(self.kind)}; expected {_name(kind)}")
+            raise PacketError(f"packet kind is {name_of(self.kind)}; expected {name_of(kind)}")
         if not self._checked:
-            self._check()
+            check(self)
+            object.__setattr__(self, "_checked", True)
 
     def header(self) -> bytes:
         """The 32 bytes that stand before the payload."""
         packed = _HEADER.pack(
-            _MAGIC, _VERSION, self.kind, self.coding, bytes(3), self.count, self.numel, self.block, self.scalar
+            _MAGIC,
+            _VERSION,
+            self.kind,
+            self.coding,
+            self.bits,
+            bytes(2),
+            self.count,
+            self.numel,
+            self.block,
+            self.scalar,
         )
         return packed[:-4] + _CANONICAL_NAN if math.isnan(self.scalar) else packed
 
@@ -193,14 +188,14 @@ class Packet:
         view = memoryview(buffer).cast("B")
         if len(view) < HEADER_NBYTES:
             raise PacketError(f"packet of {len(view)} bytes is shorter than its {HEADER_NBYTES}-byte header")
-        magic, version, kind, coding, zeros, count, its_numel, block, scalar = _HEADER.unpack_from(view)
+        magic, version, kind, coding, bits, zeros, count, its_numel, block, scalar = _HEADER.unpack_from(view)
         if magic != _MAGIC:
             raise PacketError(f"packet starts with {magic!r}, not {_MAGIC!r}")
         if version != _VERSION:
             raise PacketError(f"packet format is version {version}; this build reads version {_VERSION}")
         if its_numel != numel:
             raise PacketError(f"packet is for {its_numel} elements; the tensor has {numel}")
-        if zeros != bytes(3) or coding > max(Coding):
+        if zeros != bytes(2) or coding > max(Coding):
             raise PacketError(f"packet header: coding {coding}, reserved bytes {zeros!r}")
         packet = cls(
             kind=kind,
@@ -208,13 +203,14 @@ class Packet:
             payload=_as_tensor(view[HEADER_NBYTES:]),
             count=count,
             coding=Coding(coding),
+            bits=bits,
             scalar=scalar,
             block=block,
         )
         # Catches a NaN with other bits and whatever else does not come back as it went in.
         if packet.header() != bytes(view[:HEADER_NBYTES]):
             raise PacketError("packet header is not in canonical form")
-        packet._check()
+        packet.require(kind)
         return packet if torch.device(device).type == "cpu" else packet.to(device)
 
     def to(self, device: torch.device | str) -> Packet:
@@ -229,6 +225,7 @@ class Packet:
             payload=self.payload.to(device),
             count=self.count,
             coding=self.coding,
+            bits=self.bits,
             scalar=self.scalar,
             block=self.block,
             _index_set=index_set,
@@ -240,73 +237,6 @@ class Packet:
 
     def __hash__(self) -> int:
         return hash(self.to_bytes())
-
-    def _check(self) -> None:
-        """Raise PacketError unless fields and payload are what the kind allows."""
-        kind, numel, size = self.kind, self.numel, self.payload.numel()
-        if self.count > numel:
-            raise PacketError(f"packet names {self.count} of {numel} elements")
-        if kind >= _FIRST_PRIVATE:
-            pass  # its own decode_add looks at the rest
-        elif kind in _DENSE_NBYTES:
-            self._expect_zero("count", "coding", "block", "scalar")
-            self._expect_payload(_DENSE_NBYTES[Kind(kind)] * numel)
-        elif kind == Kind.SIGNS:
-            self._expect_zero("block")
-            if not 0.0 <= self.scalar < math.inf or math.copysign(1.0, self.scalar) < 0:
-                raise PacketError(f"packet magnitude is {self.scalar!r}; it must be finite and not negative")
-            self._check_index_set(self.payload, signed=True)
-        elif kind == Kind.VALUES:
-            self._expect_zero("block", "scalar")
-            if size < 4 * self.count:
-                raise PacketError(f"packet payload of {size} bytes is too short for {self.count} values")
-            self._expect_finite(4 * self.count)
-            self._check_index_set(self.payload[4 * self.count :], signed=False)
-        elif kind == Kind.BITS:
-            self._expect_zero("count", "coding", "scalar")
-            if self.block < 8 or self.block % 8 or self.block > MAX_BLOCK:
-                raise PacketError(f"packet block is {self.block}; it must be a multiple of 8 in 8..{MAX_BLOCK}")
-            scales_nbytes = 8 * -(-numel // self.block)
-            self._expect_payload(scales_nbytes + -(-numel // 8))
-            self._expect_finite(scales_nbytes)
-            if numel % 8 and int(self.payload[-1]) >> numel % 8:
-                raise PacketError("packet has a sign bit beyond its last element")
-        elif kind == Kind.NONFINITE:
-            self._expect_zero("count", "coding", "block")
-            self._expect_payload(0)
-            if math.isfinite(self.scalar):
-                raise PacketError(f"packet says non-finite, but its value is {self.scalar!r}")
-        else:
-            raise PacketError(f"packet kind {kind} is not known")
-        object.__setattr__(self, "_checked", True)
-
-    def _expect_zero(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value or math.copysign(1.0, value) < 0:
-                raise PacketError(f"packet kind {_name(self.kind)} does not use {name}; it is {value!r}, not 0")
-
-    def _expect_payload(self, nbytes: int) -> None:
-        if self.payload.numel() != nbytes:
-            raise PacketError(f"packet payload is {self.payload.numel()} bytes; it must be {nbytes}")
-
-    def _expect_finite(self, nbytes: int) -> None:
-        if not bool(self.payload[:nbytes].view(torch.float32).isfinite().all()):
-            raise PacketError("packet holds a value or scale that is not finite")
-
-    def _check_index_set(self, coded: Tensor, *, signed: bool) -> None:
-        expected = indices.choose(self.count, self.numel, signed=signed)
-        if self.coding is not expected:
-            raise PacketError(f"packet codes its index set as {self.coding.name}; it must be {expected.name}")
-        if signed and self.coding is Coding.MAP:  # decoded without indices
-            self._expect_payload(indices.max_coded_nbytes(self.count, self.numel, self.coding, signed=True))
-            indices.check_map(coded, self.count, self.numel, signed=True)
-        else:
-            _ = self.index_set
-
-
-def _name(kind: int) -> str:
-    return Kind(kind).name if kind in set(Kind) else str(kind)
 
 
 def _as_tensor(view: memoryview) -> Tensor:

@@ -20,9 +20,14 @@ Saved = dict[str, dict[str, dict[str, State]]]
 
 
 class StateStore:
-    """States by (parameter name, "start:stop" of flat elements, role), made when first asked for."""
+    """States by (parameter name, "start:stop" of flat elements, role), made when first asked for.
 
-    def __init__(self) -> None:
+    Args:
+        rank: whose they are: random numbers differ by rank.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self._rank = rank
         self._states: dict[tuple[str, str, str], State] = {}
         self._loaded: dict[tuple[str, str, str], State] = {}
 
@@ -35,6 +40,7 @@ class StateStore:
         key = (name, f"{piece.start}:{piece.stop}", role)
         if key not in self._states:
             fresh = piece.codec.new_state(grad)
+            piece.codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
             self._states[key] = self._restore(key, fresh)
         return self._states[key]
 

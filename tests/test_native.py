@@ -19,7 +19,8 @@ from gradcomp.kernels import native, reference
 
 Found = tuple[Tensor, Tensor] | float
 
-LEVELS = ["generic", "avx2"] if native.LEVEL == "avx2" else ["generic"]
+ALL_LEVELS = ["generic", "avx2", "avx512"]
+LEVELS = ALL_LEVELS[: ALL_LEVELS.index(native.LEVEL) + 1] if native.AVAILABLE else []
 SIZES = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 1000, 4096 + 5]
 FLOAT32_MAX = torch.finfo(torch.float32).max
 

@@ -6,7 +6,7 @@ environment variable ``GRADCOMP_KERNELS=torch`` before that keeps the torch kern
 Attributes:
     AVAILABLE: whether they were built and load.
     REASON: why not, or "".
-    LEVEL: the instructions they use on this processor: "avx2", "generic", or "none" if not available.
+    LEVEL: the instructions they use on this processor: "avx512", "avx2", "generic", or "none" if not available.
 """
 
 from __future__ import annotations

@@ -1,54 +1,44 @@
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
+// The extension module: what every family binds, and what all of them share.
 
-#include <optional>
-#include <stdexcept>
-#include <string>
+#include <nanobind/stl/vector.h>
 
-#include "select.h"
+#include "finite.h"
+#include "parallel.h"
+#include "tensors.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
+namespace gradcomp {
 
-namespace {
-
-using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-template <typename T> nb::ndarray<nb::pytorch, T, nb::ndim<1>> tensor(gradcomp::Array<T> array, std::size_t count) {
-    nb::capsule owner(array.get(), [](void *memory) noexcept { std::free(memory); });
-    T *data = array.release();
-    return nb::ndarray<nb::pytorch, T, nb::ndim<1>>(data, {count}, owner);
+Level best_level() {
+#if GRADCOMP_X86
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx2) return avx512 ? Level::avx512 : Level::avx2;
+#endif
+    return Level::generic;
 }
 
-bool use_avx2(const std::string &level) {
-    if (level == "generic") return false;
-    if (level != "avx2") throw std::invalid_argument("level must be generic or avx2");
-    if (!gradcomp::cpu_has_avx2()) throw std::invalid_argument("this processor has no AVX2");
-    return true;
+const char *name_of(Level level) {
+    return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "generic";
 }
 
-nb::object select_threshold(const Floats &grad, const std::optional<Floats> &residual, float tau,
-                            const std::string &level) {
-    const std::size_t numel = grad.shape(0);
-    if (residual && residual->shape(0) != numel) throw std::invalid_argument("residual must have grad's size");
-    if (!(tau >= 0.0f)) throw std::invalid_argument("tau must be at least 0");
-    const bool avx2 = use_avx2(level);
-    gradcomp::Selection found;
-    {
-        nb::gil_scoped_release released;
-        found = gradcomp::select_threshold(grad.data(), residual ? residual->data() : nullptr, numel, tau, avx2);
+Level level_named(const std::string &name) {
+    for (const Level level : {Level::generic, Level::avx2, Level::avx512}) {
+        if (name != name_of(level)) continue;
+        if (level > best_level()) throw std::invalid_argument("this processor has no " + name);
+        return level;
     }
-    if (!found.finite) return nb::float_(found.nonfinite);
-    const std::size_t count = found.count;
-    return nb::make_tuple(tensor(std::move(found.index), count), tensor(std::move(found.negative), count));
+    throw std::invalid_argument("level must be generic, avx2 or avx512, not " + name);
 }
 
-}  // namespace
+void bind_select(nb::module_ &module);
+
+}  // namespace gradcomp
 
 NB_MODULE(_native, module) {
-    module.attr("LEVEL") = gradcomp::cpu_has_avx2() ? "avx2" : "generic";
-    module.def("select_threshold", &select_threshold, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "tau"_a,
-               "level"_a = module.attr("LEVEL"));
+    using namespace gradcomp;
+    module.attr("LEVEL") = name_of(best_level());
+    module.def("split", &split, "numel"_a, "align"_a, "threads"_a);
+    bind_select(module);
 }
