@@ -47,16 +47,15 @@ def assert_same(found: Found, expected: Found) -> None:
 
 
 def check(grad: Tensor, residual: Tensor | None, tau: float) -> None:
-    from gradcomp.kernels import _native
 
     expected = reference.select_threshold(grad, residual, tau)
-    assert_same(native.select_threshold(grad, residual, tau), expected)
+    assert_same(kernels.select_threshold(grad, residual, tau), expected)
     for level in LEVELS:
-        assert_same(_native.select_threshold(grad, residual, tau, level), expected)
+        assert_same(_kernels.select_threshold(grad, residual, tau, level), expected)
 
 
 def select(grad: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    found = native.select_threshold(grad, None, tau)
+    found = kernels.select_threshold(grad, None, tau)
     assert not isinstance(found, float)
     return found
 
@@ -134,9 +133,9 @@ def test_nonfinite(bad: list[float], position: int, tau: float) -> None:
 @needs_native
 def test_a_sum_that_overflows_is_not_finite() -> None:
     grad = torch.full((100,), -FLOAT32_MAX)
-    assert native.select_threshold(grad, grad, 1.0) == -math.inf
+    assert kernels.select_threshold(grad, grad, 1.0) == -math.inf
     check(grad, grad, 1.0)
-    assert native.select_threshold(torch.tensor([math.inf]), torch.tensor([-math.inf]), 1.0) != 0.0
+    assert kernels.select_threshold(torch.tensor([math.inf]), torch.tensor([-math.inf]), 1.0) != 0.0
     check(torch.tensor([math.inf]), torch.tensor([-math.inf]), 1.0)
 
 
@@ -158,7 +157,7 @@ def test_any_values(pairs: list[tuple[float, float]], tau: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_goes_to_the_reference(dtype: torch.dtype) -> None:
     grad, residual = normal(1000).to(dtype), normal(1000, 1)
-    assert_same(native.select_threshold(grad, residual, 1.0), reference.select_threshold(grad, residual, 1.0))
+    assert_same(kernels.select_threshold(grad, residual, 1.0), reference.select_threshold(grad, residual, 1.0))
 
 
 @needs_native
@@ -166,7 +165,7 @@ def test_results_outlive_their_inputs_and_are_ordinary_tensors() -> None:
     index, negative = select(normal(1000).requires_grad_(), 1.0)
     kept = index.clone()
     for seed in range(20):
-        native.select_threshold(normal(1000, seed), None, 1.0)
+        kernels.select_threshold(normal(1000, seed), None, 1.0)
     assert torch.equal(index, kept)
     index += 1
     assert torch.equal(index, kept + 1)
@@ -177,7 +176,7 @@ def test_results_outlive_their_inputs_and_are_ordinary_tensors() -> None:
 def test_threads_at_once() -> None:
     grads = [normal(200_000, seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda grad: native.select_threshold(grad, None, 2.0), grads, timeout=30))
+        found = list(pool.map(lambda grad: kernels.select_threshold(grad, None, 2.0), grads, timeout=30))
     for grad, ours in zip(grads, found, strict=True):
         assert_same(ours, reference.select_threshold(grad, None, 2.0))
 
@@ -199,10 +198,9 @@ def test_threads_at_once() -> None:
 def test_what_it_cannot_read_is_refused(
     grad: Tensor, residual: Tensor | None, tau: float, level: str, error: type[Exception]
 ) -> None:
-    from gradcomp.kernels import _native
 
     with pytest.raises(error):
-        _native.select_threshold(grad, residual, tau, level)
+        _kernels.select_threshold(grad, residual, tau, level)
 
 
 @needs_native

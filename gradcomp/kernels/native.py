@@ -6,6 +6,7 @@ environment variable ``GRADCOMP_KERNELS=torch`` before that keeps the torch kern
 Attributes:
     AVAILABLE: whether they were built and load.
     REASON: why not, or "".
+    module: the extension module itself; use it only where ``enabled()``.
     LEVEL: the instructions they use on this processor: "avx512", "avx2", "generic", or "none" if not available.
 """
 
@@ -19,14 +20,13 @@ import torch
 from torch import Tensor
 
 from gradcomp.errors import ConfigError
-from gradcomp.kernels import reference
 
-__all__ = ["AVAILABLE", "LEVEL", "REASON", "enabled", "select_threshold"]
+__all__ = ["AVAILABLE", "LEVEL", "REASON", "enabled", "floats", "module", "takes", "thread_count"]
 
 try:
-    import gradcomp.kernels._native as _native
+    import gradcomp.kernels._native as module
 
-    AVAILABLE, REASON, LEVEL = True, "", _native.LEVEL
+    AVAILABLE, REASON, LEVEL = True, "", module.LEVEL
 except ModuleNotFoundError:
     AVAILABLE, REASON, LEVEL = False, "not compiled when gradcomp was installed", "none"
 except ImportError as error:  # compiled for another Python or another C++ library
@@ -52,8 +52,16 @@ def enabled() -> bool:
     return AVAILABLE and wanted != "torch"
 
 
-def select_threshold(grad: Tensor, residual: Tensor | None, tau: float) -> tuple[Tensor, Tensor] | float:
-    """:func:`gradcomp.kernels.reference.select_threshold` for CPU tensors, in one pass; other than float32 as there."""
-    if grad.dtype != torch.float32:
-        return reference.select_threshold(grad, residual, tau)
-    return _native.select_threshold(grad.detach(), residual, tau)
+def takes(tensor: Tensor) -> bool:
+    """Whether the native kernels are to work on ``tensor``: it is on the CPU, and they are enabled."""
+    return tensor.device.type == "cpu" and enabled()
+
+
+def floats(grad: Tensor) -> Tensor:
+    """``grad`` as what the kernels read: float32, without its history."""
+    return grad.detach().to(torch.float32)
+
+
+def thread_count(threads: int | None) -> int:
+    """How many threads a kernel may use: ``threads``, or as many as torch uses."""
+    return torch.get_num_threads() if threads is None else threads
