@@ -1,4 +1,4 @@
-"""Selection, from the fastest backend for the tensors given; :mod:`gradcomp.kernels.reference` says what it computes."""
+"""Selection, from the fastest backend for the tensors given; :mod:`gradcomp.kernels.reference` defines it."""
 
 from __future__ import annotations
 
