@@ -51,7 +51,7 @@ def check(grad: Tensor, residual: Tensor | None, tau: float) -> None:
     expected = reference.select_threshold(grad, residual, tau)
     assert_same(kernels.select_threshold(grad, residual, tau), expected)
     for level in LEVELS:
-        assert_same(_native.select_threshold(grad, residual, tau, level), expected)
+        assert_same(native.module.select_threshold(grad, residual, tau, level), expected)
 
 
 def select(grad: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ def test_what_it_cannot_read_is_refused(
 ) -> None:
 
     with pytest.raises(error):
-        _native.select_threshold(grad, residual, tau, level)
+        native.module.select_threshold(grad, residual, tau, level)
 
 
 @needs_native
