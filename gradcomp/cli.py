@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="benchmarks", add_help=False)
-    bench.add_argument("name", choices=("all-gather", "step-time", "memory"), help="what to measure; --help after it")
+    bench.add_argument(
+        "name", choices=("codecs", "all-gather", "step-time", "memory"), help="what to measure; --help after it"
+    )
     bench.set_defaults(run=_bench)
     return parser
 

@@ -1,74 +1,123 @@
-template <bool kResidual> GRADCOMP_INLINE float sum(const float *grad, const float *residual, std::size_t i) {
-    return kResidual ? grad[i] + residual[i] : grad[i];
-}
+// Reads acc = grad + residual and marks in two bit planes what passes +-tau, 64 elements a word. With kUpdate the residual
+// becomes what is left: acc, less +-tau where kSigns and it passes.
 
-// Adds what passes in one block of at most kBlock elements to what was found. Returns the largest magnitude if it passes.
-template <bool kResidual>
-GRADCOMP_INLINE std::uint32_t scan_block(const float *grad, const float *residual, std::size_t start,
-                                         std::size_t length, std::uint32_t limit, Selection &found,
-                                         std::size_t &capacity) {
-    std::uint32_t magnitude[kBlock];
-    std::uint32_t most = 0;
-    for (std::size_t i = 0; i < length; ++i) {
-        magnitude[i] = bits_of(sum<kResidual>(grad, residual, start + i)) & kMagnitude;
-        most = std::max(most, magnitude[i]);
+struct Marks {
+    std::uint64_t mask;
+    std::uint64_t negative;
+};
+
+#if GRADCOMP_LEVEL >= 2
+
+template <bool kResidual, bool kUpdate, bool kSigns>
+GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m256i &most) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    const __m256 limit = _mm256_set1_ps(tau);
+    __m256 acc[8];
+    __m256 passes[8];
+    __m256 any = _mm256_setzero_ps();
+    for (int k = 0; k < 8; ++k) {
+        acc[k] = _mm256_loadu_ps(grad + 8 * k);
+        if (kResidual) acc[k] = _mm256_add_ps(acc[k], _mm256_loadu_ps(residual + 8 * k));
+        const __m256 magnitude = _mm256_andnot_ps(sign, acc[k]);
+        most = _mm256_max_epi32(most, _mm256_castps_si256(magnitude));
+        passes[k] = _mm256_cmp_ps(magnitude, limit, _CMP_GT_OQ);
+        any = _mm256_or_ps(any, passes[k]);
     }
-    if (most <= limit) return 0;
-    std::uint8_t passes[kBlock] = {};
-    std::uint32_t count = 0;
-    for (std::size_t i = 0; i < length; ++i) {
-        const std::uint8_t pass = magnitude[i] > limit;
-        passes[i] = pass;
-        count += pass;
-    }
-    reserve(found, capacity, found.count + kBlock);
-    std::int64_t *index = found.index.get() + found.count;
-    bool *negative = found.negative.get() + found.count;
-    found.count += count;
-    if (count > kFew) {
-        // Writes every candidate and moves on only past the ones that pass: no branch to mispredict.
-        std::size_t k = 0;
-        for (std::size_t i = 0; i < length; ++i) {
-            index[k] = static_cast<std::int64_t>(start + i);
-            negative[k] = sum<kResidual>(grad, residual, start + i) < 0.0f;
-            k += passes[i];
+    Marks marks{0, 0};
+    if (_mm256_testz_ps(any, any)) {
+        if (kUpdate) {
+            for (int k = 0; k < 8; ++k) _mm256_storeu_ps(residual + 8 * k, acc[k]);
         }
-        return most;
+        return marks;
     }
-    for (std::size_t group = 0; group < kBlock; group += 8) {
-        std::uint64_t any;
-        std::memcpy(&any, passes + group, sizeof any);
-        if (any == 0) continue;
-        for (std::size_t i = group; i < group + 8; ++i) {
-            if (!passes[i]) continue;
-            *index++ = static_cast<std::int64_t>(start + i);
-            *negative++ = sum<kResidual>(grad, residual, start + i) < 0.0f;
+    for (int k = 0; k < 8; ++k) {
+        marks.mask |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_ps(passes[k]))) << (8 * k);
+        const __m256 below = _mm256_and_ps(passes[k], acc[k]);
+        marks.negative |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_ps(below))) << (8 * k);
+        if (kUpdate) {
+            __m256 left = acc[k];
+            if (kSigns) {
+                const __m256 sent = _mm256_or_ps(limit, _mm256_and_ps(sign, acc[k]));
+                left = _mm256_sub_ps(left, _mm256_and_ps(passes[k], sent));
+            }
+            _mm256_storeu_ps(residual + 8 * k, left);
         }
     }
-    return most;
+    return marks;
 }
 
-// Written once and compiled for each instruction set, so that all of them give the same bits. Magnitudes are compared as
-// integers: for floats without their sign that is the same order, and it puts Inf and NaN above every finite tau.
-template <bool kResidual>
-GRADCOMP_INLINE Selection scan(const float *grad, const float *residual, std::size_t numel, float tau) {
-    const std::uint32_t limit = std::min(bits_of(tau) & kMagnitude, kInfinity - 1);
-    Selection found;
-    std::size_t capacity = 0;
+#endif
+
+// The same, an element at a time after one look at the block: for the end of a vector, and for other processors.
+template <bool kResidual, bool kUpdate, bool kSigns>
+GRADCOMP_INLINE Marks mark_some(const float *grad, float *residual, std::size_t length, float tau,
+                                std::uint32_t limit, std::uint32_t &most) {
+    float acc[64];
+    std::uint32_t largest = 0;
+    for (std::size_t i = 0; i < length; ++i) {
+        acc[i] = kResidual ? grad[i] + residual[i] : grad[i];
+        const std::uint32_t magnitude = bits_of(acc[i]) & kMagnitude;
+        largest = magnitude > largest ? magnitude : largest;
+        if (kUpdate) residual[i] = acc[i];
+    }
+    most = largest > most ? largest : most;
+    Marks marks{0, 0};
+    if (largest <= limit) return marks;
+    for (std::size_t i = 0; i < length; ++i) {
+        const std::uint32_t bits = bits_of(acc[i]);
+        const std::uint64_t pass = (bits & kMagnitude) > limit;
+        const std::uint64_t below = pass & (bits >> 31);
+        marks.mask |= pass << i;
+        marks.negative |= below << i;
+        if (kUpdate && kSigns && pass) residual[i] = acc[i] - (below ? -tau : tau);
+    }
+    return marks;
+}
+
+template <bool kResidual, bool kUpdate, bool kSigns>
+GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel, float tau, std::uint64_t *mask,
+                           std::uint64_t *negative) {
+    // Magnitudes are compared as integers: for floats without their sign that is the same order, and it puts Inf and NaN
+    // above every finite tau.
+    const std::uint32_t limit = bits_of(tau);
     std::uint32_t most = 0;
-    reserve(found, capacity, numel / 256 + kBlock);
-    const std::size_t whole = numel - numel % kBlock;
-    for (std::size_t start = 0; start < whole; start += kBlock) {
-        most = std::max(most, scan_block<kResidual>(grad, residual, start, kBlock, limit, found, capacity));
+    std::uint64_t count = 0;
+    std::size_t start = 0;
+#if GRADCOMP_LEVEL >= 2
+    __m256i most_of_8 = _mm256_setzero_si256();
+    for (; start + 64 <= numel; start += 64) {
+        const Marks marks = mark_64<kResidual, kUpdate, kSigns>(grad + start, kResidual ? residual + start : nullptr,
+                                                             tau, most_of_8);
+        mask[start / 64] = marks.mask;
+        negative[start / 64] = marks.negative;
+        count += static_cast<std::uint64_t>(_mm_popcnt_u64(marks.mask));
     }
-    most = std::max(most, scan_block<kResidual>(grad, residual, whole, numel - whole, limit, found, capacity));
-    if (most >= kInfinity) {
-        found.finite = false;
-        found.nonfinite = sum_nonfinite(grad, residual, numel);
+    alignas(32) std::uint32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i *>(lanes), most_of_8);
+    for (const std::uint32_t lane : lanes) most = lane > most ? lane : most;
+#endif
+    for (; start < numel; start += 64) {
+        const std::size_t length = numel - start < 64 ? numel - start : 64;
+        const Marks marks =
+            mark_some<kResidual, kUpdate, kSigns>(
+            grad + start, kResidual ? residual + start : nullptr, length, tau, limit, most);
+        mask[start / 64] = marks.mask;
+        negative[start / 64] = marks.negative;
+        for (std::uint64_t rest = marks.mask; rest != 0; rest &= rest - 1) ++count;
     }
-    return found;
+    return Found{count, most};
 }
 
-GRADCOMP_ENTRY Selection scan_any(const float *grad, const float *residual, std::size_t numel, float tau) {
-    return residual ? scan<true>(grad, residual, numel, tau) : scan<false>(grad, nullptr, numel, tau);
+GRADCOMP_ENTRY Found scan_signs(const float *grad, float *residual, std::size_t numel, float tau, bool update,
+                                std::uint64_t *mask, std::uint64_t *negative) {
+    if (residual == nullptr) return scan<false, false, true>(grad, residual, numel, tau, mask, negative);
+    if (update) return scan<true, true, true>(grad, residual, numel, tau, mask, negative);
+    return scan<true, false, true>(grad, residual, numel, tau, mask, negative);
+}
+
+GRADCOMP_ENTRY Found scan_values(const float *grad, float *residual, std::size_t numel, float tau, bool update,
+                                 std::uint64_t *mask, std::uint64_t *negative) {
+    if (residual == nullptr) return scan<false, false, false>(grad, residual, numel, tau, mask, negative);
+    if (update) return scan<true, true, false>(grad, residual, numel, tau, mask, negative);
+    return scan<true, false, false>(grad, residual, numel, tau, mask, negative);
 }
