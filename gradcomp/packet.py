@@ -77,6 +77,26 @@ class Packet:
         return cls(kind=Kind.NONFINITE, numel=numel, payload=payload, scalar=value)
 
     @classmethod
+    def coded_signs(cls, payload: Tensor, count: int, numel: int, magnitude: float) -> Packet:
+        """SIGNS: a payload that a kernel has written, which names ``count`` elements."""
+        coding = indices.choose(count, numel, signed=True)
+        return cls(
+            kind=Kind.SIGNS,
+            numel=numel,
+            payload=payload,
+            count=count,
+            coding=coding,
+            scalar=magnitude,
+            _checked=True,
+        )
+
+    @classmethod
+    def coded_values(cls, payload: Tensor, count: int, numel: int) -> Packet:
+        """VALUES: a payload that a kernel has written, with ``count`` values."""
+        coding = indices.choose(count, numel, signed=False)
+        return cls(kind=Kind.VALUES, numel=numel, payload=payload, count=count, coding=coding, _checked=True)
+
+    @classmethod
     def signs(cls, index: Tensor, negative: Tensor, numel: int, magnitude: float) -> Packet:
         """SIGNS: elements ``index`` (int64, strictly increasing) are ``magnitude``, negated where ``negative``."""
         count = len(index)

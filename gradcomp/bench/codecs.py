@@ -100,7 +100,7 @@ def measure(spec: str, rows: Tensor, repeats: int) -> Row:
 
 
 def _matrix(numel: int) -> tuple[int, int]:
-    """A shape of two dimensions, for compressors that look at it: as square as it can be, with a power of two columns."""
+    """A shape of two dimensions, for compressors that look at it: a power of two of columns, about square."""
     columns = 1
     while 4 * columns * columns <= numel and numel % (2 * columns) == 0:
         columns *= 2

@@ -48,7 +48,7 @@ def from_task(name: str, settings: Sequence[str], *, warm_up: int = 20) -> Tenso
             task.train_data, batch_size=task.batch_size, rank=0, world_size=1, seed=0, epoch=epoch
         ):
             task.optimizer.zero_grad()
-            task.loss(task.model(inputs), targets).backward()
+            task.loss(task.model(inputs), targets).backward()  # type: ignore[no-untyped-call]
             # What compressors are for: weights. Biases and scales are few, and go dense.
             rows.append(
                 torch.cat([p.grad.view(-1) for p in task.model.parameters() if p.grad is not None and p.dim() > 1])

@@ -75,7 +75,19 @@ class Threshold(Compressor):
         return state
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        flat = flat_gradient(grad)
+        return self._encode(flat_gradient(grad), state, update=False)
+
+    def encode_in_place(self, grad: Tensor, state: State) -> Packet:
+        packet = self._encode(flat_gradient(grad), state, update=True)
+        if not packet.is_nonfinite:
+            self._adapt(grad, packet, state)
+        return packet
+
+    def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
+        super().commit(grad, packet, state)
+        self._adapt(grad, packet, state)
+
+    def _encode(self, flat: Tensor, state: State | None, *, update: bool) -> Packet:
         residual = None if state is None else state["residual"]
         if self.density is None:
             tau = self.tau or 0.0
@@ -83,13 +95,19 @@ class Threshold(Compressor):
             tau = 0.0 if state is None else float(state["tau"])
             if not tau > 0.0:
                 tau = _best_tau(kernels.sample_largest(flat, residual, self.density))
-        found = kernels.select_threshold(flat, residual, tau)
+        # Every element of the sample is 0: nothing to go by yet. No finite element passes the largest of all.
+        found = kernels.encode_signs(flat, residual, tau or _FLOAT32.max, update=update)
         if isinstance(found, float):
             return Packet.nonfinite(found, flat.numel(), flat.device)
-        index, negative = found
-        if not tau:  # every element of the sample is 0: nothing to go by yet, and +-0 says nothing
-            index, negative = index[:0], negative[:0]
-        return Packet.signs(index, negative, flat.numel(), tau)
+        return Packet.coded_signs(*found, flat.numel(), tau)
+
+    def _adapt(self, grad: Tensor, packet: Packet, state: State) -> None:
+        """Find the threshold of the next step, if it is not fixed."""
+        if self.density is not None:
+            tau = _best_tau(
+                kernels.sample_largest(flat_gradient(grad), state["residual"], self.density, _WEIGHT_OF_NEXT)
+            )
+            state["tau"].fill_(tau or packet.scalar or math.nan)
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.SIGNS)
@@ -98,14 +116,6 @@ class Threshold(Compressor):
             kernels.add_sign_map(out, packet.payload, magnitude)
         else:
             kernels.scatter_signs(out, *packet.index_set, magnitude)
-
-    def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
-        super().commit(grad, packet, state)
-        if self.density is not None:
-            tau = _best_tau(
-                kernels.sample_largest(flat_gradient(grad), state["residual"], self.density, _WEIGHT_OF_NEXT)
-            )
-            state["tau"].fill_(tau or packet.scalar or math.nan)
 
     def max_nbytes(self, numel: int) -> int:
         return HEADER_NBYTES + indices.max_coded_nbytes(numel, numel, Coding.MAP, signed=True)

@@ -55,12 +55,17 @@ class TopK(Compressor):
         object.__setattr__(self, "ratio", float(ratio))
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        flat = flat_gradient(grad)
+        return self._encode(flat_gradient(grad), state, update=False)
+
+    def encode_in_place(self, grad: Tensor, state: State) -> Packet:
+        return self._encode(flat_gradient(grad), state, update=True)
+
+    def _encode(self, flat: Tensor, state: State | None, *, update: bool) -> Packet:
         residual = None if state is None else state["residual"]
-        found = kernels.select_largest(flat, residual, self._count(flat.numel()))
+        found = kernels.encode_largest(flat, residual, max(self._count(flat.numel()), 1), update=update)
         if isinstance(found, float):
             return Packet.nonfinite(found, flat.numel(), flat.device)
-        return Packet.values(*found, flat.numel())
+        return Packet.coded_values(*found, flat.numel())
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.VALUES)

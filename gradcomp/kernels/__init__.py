@@ -12,17 +12,20 @@ from gradcomp.kernels.reference import (
     add_sign_map,
     encode_bits,
     pack_bits,
-    sample_largest,
     scatter_signs,
+    select_largest,
+    select_threshold,
     unpack_bits,
 )
-from gradcomp.kernels.select import select_largest, select_threshold
+from gradcomp.kernels.select import encode_largest, encode_signs, sample_largest
 
 __all__ = [
     "add_bits",
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "encode_largest",
+    "encode_signs",
     "pack_bits",
     "sample_largest",
     "scatter_signs",

@@ -9,15 +9,26 @@ or both infinities, else the infinity.
 
 from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, unpack_bits
 from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
-from gradcomp.kernels.reference_select import sample_largest, scatter_signs, select_largest, select_threshold
+from gradcomp.kernels.reference_select import (
+    encode_largest,
+    encode_signs,
+    sample_largest,
+    sample_size,
+    scatter_signs,
+    select_largest,
+    select_threshold,
+)
 
 __all__ = [
     "add_bits",
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "encode_largest",
+    "encode_signs",
     "pack_bits",
     "sample_largest",
+    "sample_size",
     "scatter_signs",
     "select_largest",
     "select_threshold",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from gradcomp import indices
 from gradcomp.kernels.reference_chunks import accumulate, chunks, new_buffer, nonfinite_value
 
-__all__ = ["sample_largest", "scatter_signs", "select_largest", "select_threshold"]
-
-SelectThreshold = Callable[[Tensor, Tensor | None, float], tuple[Tensor, Tensor] | float]
+__all__ = [
+    "encode_largest",
+    "encode_signs",
+    "sample_largest",
+    "sample_size",
+    "scatter_signs",
+    "select_largest",
+    "select_threshold",
+]
 
 _SAMPLE = 1 << 16
 
@@ -51,6 +57,15 @@ def scatter_signs(out: Tensor, index: Tensor, negative: Tensor, magnitude: float
     out[index] += torch.where(negative, -plus, plus)
 
 
+def sample_size(numel: int, density: float) -> tuple[int, int]:
+    """At which stride to sample, and how many elements of the sample are ``density`` of it, one at least."""
+    # Enough that a few elements of it are wanted. At an odd stride: rows and channels are of even length, and a stride
+    # that divides them would see a few columns only.
+    stride = -(-numel // max(_SAMPLE, math.ceil(8 / density))) | 1
+    length = -(-numel // stride)
+    return stride, min(max(1, round(density * length)), length)
+
+
 def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight: float = 1.0) -> Tensor:
     """The largest magnitudes in a sample of ``weight * grad + residual``: ``density`` of it, one at least.
 
@@ -59,23 +74,15 @@ def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight
     Returns:
         float32, falling; NaN and Inf come first. Empty if ``grad`` is.
     """
-    # Enough that a few elements of it are wanted. At an odd stride: rows and channels are of even length, and a stride
-    # that divides them would see a few columns only.
-    stride = -(-grad.numel() // max(_SAMPLE, math.ceil(8 / density))) | 1
+    stride, count = sample_size(grad.numel(), density)
     sample = grad[::stride].to(torch.float32) * weight
     if residual is not None:
         sample += residual[::stride]
-    count = min(max(1, round(density * sample.numel())), sample.numel())
     return sample.abs().topk(count).values
 
 
-def select_largest(
-    grad: Tensor, residual: Tensor | None, k: int, select: SelectThreshold = select_threshold
-) -> tuple[Tensor, Tensor] | float:
+def select_largest(grad: Tensor, residual: Tensor | None, k: int) -> tuple[Tensor, Tensor] | float:
     """The k elements of acc with the largest magnitude, zeros left out; of equal ones those with the lowest index.
-
-    Args:
-        select: a backend's :func:`select_threshold`.
 
     Returns:
         Indices (int64, increasing) and values (float32), at most k; or a float if acc is not finite everywhere.
@@ -85,11 +92,11 @@ def select_largest(
     if 4 * k < numel:
         # Whatever the sample says: if k elements pass, the k largest are among them. A few more than k should.
         tau = float(sample_largest(grad, residual, 1.25 * k / numel + 1e-4)[-1])
-    found = select(grad, residual, tau if math.isfinite(tau) else 0.0)
+    found = select_threshold(grad, residual, tau if math.isfinite(tau) else 0.0)
     for fewer in (tau / 2, 0.0):
         if isinstance(found, float) or len(found[0]) >= k or not tau:
             break
-        found = select(grad, residual, fewer)
+        found = select_threshold(grad, residual, fewer)
     if isinstance(found, float):
         return found
     index = found[0]
@@ -104,3 +111,42 @@ def select_largest(
         chosen[ties[: k - int(chosen.sum())]] = True
         index, values = index[chosen], values[chosen]
     return index, values
+
+
+def encode_signs(
+    grad: Tensor, residual: Tensor | None, tau: float, *, update: bool = False
+) -> tuple[Tensor, int] | float:
+    """What passes +-tau as the payload of a SIGNS packet; with ``update`` the residual becomes acc less what is sent.
+
+    Returns:
+        The coded index set (uint8) and how many it names; or a float if acc is not finite, and the residual as it was.
+    """
+    found = select_threshold(grad, residual, tau)
+    if isinstance(found, float):
+        return found
+    index, negative = found
+    if update and residual is not None:
+        residual.add_(grad)
+        scatter_signs(residual, index, negative, -tau)
+    coding = indices.choose(len(index), grad.numel(), signed=True)
+    return indices.encode(index, negative, grad.numel(), coding), len(index)
+
+
+def encode_largest(
+    grad: Tensor, residual: Tensor | None, k: int, *, update: bool = False
+) -> tuple[Tensor, int] | float:
+    """:func:`select_largest` as the payload of a VALUES packet; with ``update`` the residual is 0 where it was sent.
+
+    Returns:
+        Values and coded index set (uint8), and how many; or a float if acc is not finite, and the residual as it was.
+    """
+    found = select_largest(grad, residual, k)
+    if isinstance(found, float):
+        return found
+    index, values = found
+    if update and residual is not None:
+        residual.add_(grad)
+        residual[index] -= values
+    coding = indices.choose(len(index), grad.numel(), signed=False)
+    coded = indices.encode(index, None, grad.numel(), coding)
+    return torch.cat([values.contiguous().view(torch.uint8), coded]), len(index)

@@ -6,16 +6,30 @@ from torch import Tensor
 
 from gradcomp.kernels import native, reference
 
-__all__ = ["select_largest", "select_threshold"]
+__all__ = ["encode_largest", "encode_signs", "sample_largest"]
 
 
-def select_threshold(grad: Tensor, residual: Tensor | None, tau: float) -> tuple[Tensor, Tensor] | float:
-    """:func:`gradcomp.kernels.reference.select_threshold`, from the fastest backend."""
+def encode_signs(
+    grad: Tensor, residual: Tensor | None, tau: float, *, update: bool = False, threads: int | None = None
+) -> tuple[Tensor, int] | float:
+    """:func:`gradcomp.kernels.reference.encode_signs`, from the fastest backend."""
     if native.takes(grad):
-        return native.module.select_threshold(native.floats(grad), residual, tau)
-    return reference.select_threshold(grad, residual, tau)
+        return native.module.encode_signs(native.floats(grad), residual, tau, update, native.thread_count(threads))
+    return reference.encode_signs(grad, residual, tau, update=update)
 
 
-def select_largest(grad: Tensor, residual: Tensor | None, k: int) -> tuple[Tensor, Tensor] | float:
-    """:func:`gradcomp.kernels.reference.select_largest` on the fastest :func:`select_threshold`."""
-    return reference.select_largest(grad, residual, k, select_threshold)
+def encode_largest(
+    grad: Tensor, residual: Tensor | None, k: int, *, update: bool = False, threads: int | None = None
+) -> tuple[Tensor, int] | float:
+    """:func:`gradcomp.kernels.reference.encode_largest`, from the fastest backend."""
+    if native.takes(grad):
+        return native.module.encode_largest(native.floats(grad), residual, k, update, native.thread_count(threads))
+    return reference.encode_largest(grad, residual, k, update=update)
+
+
+def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight: float = 1.0) -> Tensor:
+    """:func:`gradcomp.kernels.reference.sample_largest`, from the fastest backend."""
+    if native.takes(grad):
+        stride, count = reference.sample_size(grad.numel(), density)
+        return native.module.sample_largest(native.floats(grad), residual, stride, count, weight)
+    return reference.sample_largest(grad, residual, density, weight)

@@ -137,7 +137,9 @@ Packed encode_signs(const Source &from, float tau, bool update) {
                                          [&](bool now) { return select(from, What::signs, tau, now); });
     if (!found.finite) return Packed{Coded{}, 0, false};
     const Coding coding = choose_coding(found.count, from.numel, true);
-    return Packed{encode_planes(found.mask.get(), found.negative.get(), from.numel, found.count, coding), found.count};
+    return Packed{encode_planes(found.mask.get(), found.negative.get(), from.numel, found.count, coding,
+                                from.level),
+                  found.count};
 }
 
 Packed encode_largest(const Source &from, std::size_t k, bool update) {
@@ -161,11 +163,14 @@ Packed encode_largest(const Source &from, std::size_t k, bool update) {
         }
     }
     const Coding coding = choose_coding(found.count, from.numel, false);
-    const Coded coded = encode_planes(found.mask.get(), nullptr, from.numel, found.count, coding);
-    Packed packed{Coded{new_array<std::uint8_t>(4 * values.size() + coded.nbytes), 4 * values.size() + coded.nbytes},
+    const std::size_t values_nbytes = 4 * values.size();
+    Packed packed{Coded{new_array<std::uint8_t>(values_nbytes +
+                                                max_coded_nbytes(found.count, from.numel, coding, false))},
                   found.count};
-    if (!values.empty()) std::memcpy(packed.coded.bytes.get(), values.data(), 4 * values.size());
-    if (coded.nbytes) std::memcpy(packed.coded.bytes.get() + 4 * values.size(), coded.bytes.get(), coded.nbytes);
+    std::uint8_t *out = packed.coded.bytes.get();
+    if (!values.empty()) std::memcpy(out, values.data(), values_nbytes);
+    packed.coded.nbytes = values_nbytes + encode_planes_to(out + values_nbytes, found.mask.get(), nullptr, from.numel,
+                                                           found.count, coding, from.level);
     return packed;
 }
 
