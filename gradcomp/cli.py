@@ -1,4 +1,4 @@
-"""The command line: ``gradcomp train | worker | compressors | demo | bench``.
+"""The command line: ``gradcomp train | worker | compressors | demo | bench | doctor``.
 
 Exit status: 0 done, 1 a worker or a benchmark failed, 2 the command line or an option is wrong, 130 interrupted.
 """
@@ -96,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         "name", choices=("codecs", "all-gather", "step-time", "memory"), help="what to measure; --help after it"
     )
     bench.set_defaults(run=_bench)
+
+    doctor = commands.add_parser("doctor", help="say which kernels run here and why, and what else matters")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -144,3 +148,18 @@ def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     module = importlib.import_module(f"gradcomp.bench.{arguments.name.replace('-', '_')}")
     return int(module.main(rest))
+
+
+def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from gradcomp.integrations.doctor import examine
+
+    findings = examine()
+    if arguments.json:
+        print(json.dumps({f.subject: {"found": f.found, "advice": f.advice} for f in findings}))
+        return DONE
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        print(f"{finding.subject:{width}}  {finding.found}")
+        if finding.advice:
+            print(f"{'':{width}}  -> {finding.advice}")
+    return DONE
