@@ -25,6 +25,7 @@ format: $(INSTALLED)
 # What they measure, and how to run them on hosts of your own: docs/BENCHMARKS.md
 RANKS := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node
 bench: $(INSTALLED)
+	$(BIN)/gradcomp bench codecs --sizes 1e4,1e6,25e6 --png codecs.png
 	$(RANKS) 4 -m gradcomp.bench.all_gather --sizes 0.1,4,16 --beside-gloo
 	$(RANKS) 4 -m gradcomp.bench.step_time --model dense --steps 8 --beside-ddp
 	$(BIN)/gradcomp bench memory
