@@ -68,6 +68,16 @@ def check_largest(grad: Tensor, residual: Tensor | None, k: int) -> None:
     check(native.module.encode_largest, reference.encode_largest, grad, residual, k)
 
 
+def check_above(grad: Tensor, residual: Tensor | None, tau: float, most: int, k: int) -> None:
+    def ours(grad: Tensor, left: Tensor | None, tau: float, update: bool, threads: int, level: str) -> Found:
+        return native.module.encode_above(grad, left, tau, most, k, update, threads, level)
+
+    def theirs(grad: Tensor, left: Tensor | None, tau: float, *, update: bool) -> Found:
+        return reference.encode_above(grad, left, tau, most, k, update=update)
+
+    check(ours, theirs, grad, residual, tau)
+
+
 def normal(numel: int, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
 
@@ -89,6 +99,14 @@ def test_largest_of_sizes_around_the_vector_width(numel: int, k: int) -> None:
 @pytest.mark.parametrize("tau", [0.0, 0.5, 3.0, 10.0])
 def test_signs_on_several_threads(tau: float) -> None:
     check_signs(normal(LONG), normal(LONG, 1), tau)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 65, 1000, LONG])
+@pytest.mark.parametrize(("most", "k"), [(1, 1), (50, 30), (10**6, 10**6)])
+def test_above_a_threshold(numel: int, most: int, k: int) -> None:
+    for tau in (0.0, 2.0, 100.0):
+        check_above(normal(numel), None, tau, most, k)
+        check_above(normal(numel), normal(numel, 1), tau, most, k)
 
 
 @pytest.mark.parametrize("k", [1, 100, 5000, LONG // 3, LONG])

@@ -17,12 +17,13 @@ from gradcomp.kernels.reference import (
     select_threshold,
     unpack_bits,
 )
-from gradcomp.kernels.select import encode_largest, encode_signs, sample_largest
+from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
 
 __all__ = [
     "add_bits",
     "add_scaled",
     "add_sign_map",
+    "encode_above",
     "encode_bits",
     "encode_largest",
     "encode_signs",

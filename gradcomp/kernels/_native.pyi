@@ -11,4 +11,14 @@ def encode_signs(
 def encode_largest(
     grad: Tensor, residual: Tensor | None, k: int, update: bool, threads: int, level: str = ...
 ) -> tuple[Tensor, int] | float: ...
+def encode_above(
+    grad: Tensor,
+    residual: Tensor | None,
+    tau: float,
+    most: int,
+    k: int,
+    update: bool,
+    threads: int,
+    level: str = ...,
+) -> tuple[Tensor, int] | float: ...
 def sample_largest(grad: Tensor, residual: Tensor | None, stride: int, count: int, weight: float) -> Tensor: ...

@@ -10,6 +10,7 @@ or both infinities, else the infinity.
 from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, unpack_bits
 from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
 from gradcomp.kernels.reference_select import (
+    encode_above,
     encode_largest,
     encode_signs,
     sample_largest,
@@ -23,6 +24,7 @@ __all__ = [
     "add_bits",
     "add_scaled",
     "add_sign_map",
+    "encode_above",
     "encode_bits",
     "encode_largest",
     "encode_signs",

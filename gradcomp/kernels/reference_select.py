@@ -11,6 +11,7 @@ from gradcomp import indices
 from gradcomp.kernels.reference_chunks import accumulate, chunks, new_buffer, nonfinite_value
 
 __all__ = [
+    "encode_above",
     "encode_largest",
     "encode_signs",
     "sample_largest",
@@ -97,9 +98,11 @@ def select_largest(grad: Tensor, residual: Tensor | None, k: int) -> tuple[Tenso
         if isinstance(found, float) or len(found[0]) >= k or not tau:
             break
         found = select_threshold(grad, residual, fewer)
-    if isinstance(found, float):
-        return found
-    index = found[0]
+    return found if isinstance(found, float) else _largest_of(grad, residual, found[0], k)
+
+
+def _largest_of(grad: Tensor, residual: Tensor | None, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the elements ``index`` of acc, and their values."""
     values = grad[index].to(torch.float32)
     if residual is not None:
         values += residual[index]
@@ -141,9 +144,29 @@ def encode_largest(
         Values and coded index set (uint8), and how many; or a float if acc is not finite, and the residual as it was.
     """
     found = select_largest(grad, residual, k)
+    return found if isinstance(found, float) else _values(grad, residual, *found, update)
+
+
+def encode_above(
+    grad: Tensor, residual: Tensor | None, tau: float, most: int, k: int, *, update: bool = False
+) -> tuple[Tensor, int] | float:
+    """What passes +-tau, or the k largest of that if more than ``most`` do, as the payload of a VALUES packet.
+
+    Args:
+        most: at least ``k``.
+
+    Returns:
+        As :func:`encode_largest`.
+    """
+    found = select_threshold(grad, residual, tau)
     if isinstance(found, float):
         return found
-    index, values = found
+    count = len(found[0])
+    chosen = _largest_of(grad, residual, found[0], k if count > most else count)
+    return _values(grad, residual, *chosen, update)
+
+
+def _values(grad: Tensor, residual: Tensor | None, index: Tensor, values: Tensor, update: bool) -> tuple[Tensor, int]:
     if update and residual is not None:
         residual.add_(grad)
         residual[index] -= values

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradcomp.kernels import native, reference
 
-__all__ = ["encode_largest", "encode_signs", "sample_largest"]
+__all__ = ["encode_above", "encode_largest", "encode_signs", "sample_largest"]
 
 
 def encode_signs(
@@ -25,6 +25,23 @@ def encode_largest(
     if native.takes(grad):
         return native.module.encode_largest(native.floats(grad), residual, k, update, native.thread_count(threads))
     return reference.encode_largest(grad, residual, k, update=update)
+
+
+def encode_above(
+    grad: Tensor,
+    residual: Tensor | None,
+    tau: float,
+    most: int,
+    k: int,
+    *,
+    update: bool = False,
+    threads: int | None = None,
+) -> tuple[Tensor, int] | float:
+    """:func:`gradcomp.kernels.reference.encode_above`, from the fastest backend."""
+    if native.takes(grad):
+        flat, count = native.floats(grad), native.thread_count(threads)
+        return native.module.encode_above(flat, residual, tau, most, k, update, count)
+    return reference.encode_above(grad, residual, tau, most, k, update=update)
 
 
 def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight: float = 1.0) -> Tensor:

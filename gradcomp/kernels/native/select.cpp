@@ -142,26 +142,30 @@ Packed encode_signs(const Source &from, float tau, bool update) {
                   found.count};
 }
 
-Packed encode_largest(const Source &from, std::size_t k, bool update) {
-    float tau = guess_threshold(from, k);
+// Zero what is sent: there the residual holds acc, and that is what is sent.
+void clear_sent(const Selection &found, float *residual, std::size_t numel) {
+    const std::size_t words = numel / 64 + (numel % 64 != 0);
+    for (std::size_t word = 0; word < words; ++word) {
+        for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
+            residual[64 * word + trailing_zeros(rest)] = 0.0f;
+        }
+    }
+}
+
+// What passes +-tau, with its values: if more than `most` do, the k largest. If fewer than k do and `exact`, tau is lowered
+// until enough do.
+Packed encode_values(const Source &from, float tau, std::size_t most, std::size_t k, bool exact, bool update) {
     Selection found = sweep_safely(from.grad, from.numel, update, from.level, from.threads,
                                    [&](bool now) { return select(from, What::values, tau, now); });
     if (!found.finite) return Packed{Coded{}, 0, false};
     // With update the residual holds acc by now, and the gradient is in it.
     const Source acc = update ? Source{from.residual, nullptr, from.numel, from.level, from.threads} : from;
-    while (found.count < k && tau > 0.0f) {
+    while (exact && found.count < k && tau > 0.0f) {
         tau = found.count > k / 4 ? tau / 2 : 0.0f;
         found = select(acc, What::values, tau, false);
     }
-    const std::vector<float> values = keep_largest(found, acc, k);
-    if (update) {
-        const std::size_t words = from.numel / 64 + (from.numel % 64 != 0);
-        for (std::size_t word = 0; word < words; ++word) {
-            for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
-                from.residual[64 * word + trailing_zeros(rest)] = 0.0f;
-            }
-        }
-    }
+    const std::vector<float> values = keep_largest(found, acc, found.count > most ? k : found.count);
+    if (update) clear_sent(found, from.residual, from.numel);
     const Coding coding = choose_coding(found.count, from.numel, false);
     const std::size_t values_nbytes = 4 * values.size();
     Packed packed{Coded{new_array<std::uint8_t>(values_nbytes +
@@ -206,7 +210,15 @@ nb::object bound_encode_largest(const Floats &grad, const Residual &residual, st
                                 const std::string &level) {
     if (k == 0) throw std::invalid_argument("k must be at least 1");
     const Source from = source(grad, residual, level, threads);
-    return encoded(from, [&] { return encode_largest(from, k, update && residual); });
+    return encoded(from, [&] { return encode_values(from, guess_threshold(from, k), k, k, true, update && residual); });
+}
+
+nb::object bound_encode_above(const Floats &grad, const Residual &residual, float tau, std::size_t most, std::size_t k,
+                              bool update, int threads, const std::string &level) {
+    if (!(tau >= 0.0f) || !std::isfinite(tau)) throw std::invalid_argument("tau must be finite and at least 0");
+    if (k == 0 || most < k) throw std::invalid_argument("k must be at least 1 and at most `most`");
+    const Source from = source(grad, residual, level, threads);
+    return encoded(from, [&] { return encode_values(from, tau, most, k, false, update && residual); });
 }
 
 nb::object bound_sample_largest(const Floats &grad, const Residual &residual, std::size_t stride, std::size_t count,
@@ -233,6 +245,8 @@ void bind_select(nb::module_ &module) {
                "update"_a, "threads"_a, "level"_a = best);
     module.def("encode_largest", &bound_encode_largest, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "k"_a,
                "update"_a, "threads"_a, "level"_a = best);
+    module.def("encode_above", &bound_encode_above, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "tau"_a, "most"_a,
+               "k"_a, "update"_a, "threads"_a, "level"_a = best);
     module.def("sample_largest", &bound_sample_largest, "grad"_a.noconvert(), "residual"_a.noconvert().none(),
                "stride"_a, "count"_a, "weight"_a);
 }
