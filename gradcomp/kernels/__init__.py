@@ -6,14 +6,13 @@ them on the CPU where they were built and not turned off. One file a family choo
 
 from __future__ import annotations
 
+from gradcomp.kernels.indices import add_signs, add_values
 from gradcomp.kernels.reference import (
     add_bits,
     add_scaled,
-    add_sign_map,
     encode_bits,
     pack_bits,
     sample_largest,
-    scatter_signs,
     unpack_bits,
 )
 from gradcomp.kernels.select import select_largest, select_threshold
@@ -21,11 +20,11 @@ from gradcomp.kernels.select import select_largest, select_threshold
 __all__ = [
     "add_bits",
     "add_scaled",
-    "add_sign_map",
+    "add_signs",
+    "add_values",
     "encode_bits",
     "pack_bits",
     "sample_largest",
-    "scatter_signs",
     "select_largest",
     "select_threshold",
     "unpack_bits",

@@ -8,13 +8,15 @@ or both infinities, else the infinity.
 """
 
 from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, unpack_bits
-from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
+from gradcomp.kernels.reference_dense import add_scaled
+from gradcomp.kernels.reference_indices import add_signs, add_values
 from gradcomp.kernels.reference_select import sample_largest, scatter_signs, select_largest, select_threshold
 
 __all__ = [
     "add_bits",
     "add_scaled",
-    "add_sign_map",
+    "add_signs",
+    "add_values",
     "encode_bits",
     "pack_bits",
     "sample_largest",
