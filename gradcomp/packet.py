@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradcomp import indices
+from gradcomp import indices, kernels
 from gradcomp.errors import PacketError
 from gradcomp.indices import Coding
 from gradcomp.interfaces import Buffer
@@ -50,7 +50,7 @@ class Packet:
     bits: int = 0
     scalar: float = 0.0
     block: int = 0
-    # The decoded index set, and whether the content was checked; so that neither is done twice.
+    # The decoded index set, where it is known, and whether the content was checked; so that neither is done twice.
     _index_set: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _checked: bool = field(default=False, repr=False)
 
@@ -157,6 +157,23 @@ class Packet:
             object.__setattr__(self, "_index_set", found)
             return found
         return self._index_set
+
+    def add_signs(self, out: Tensor, magnitude: float) -> None:
+        """``out`` plus ``magnitude`` where this SIGNS packet says +, minus it where it says -; the rest stays as it is.
+
+        Args:
+            out: flat float32, ``numel`` elements, on the packet's device.
+
+        Raises:
+            PacketError: the payload does not hold a signed set; ``out`` is then unchanged.
+        """
+        kernels.add_signs(out, self.payload, self.count, self.coding, magnitude, self._index_set)
+
+    def add_values(self, out: Tensor, scale: float) -> None:
+        """``out`` plus ``scale`` times the values of this VALUES packet; as :meth:`add_signs`."""
+        values = self.payload[: 4 * self.count].view(torch.float32)
+        coded = self.payload[4 * self.count :]
+        kernels.add_values(out, coded, self.count, self.coding, values, scale, self._index_set)
 
     def require(self, kind: int) -> None:
         """Raise PacketError unless this is a well-formed packet of that kind: what ``decode_add`` calls first."""

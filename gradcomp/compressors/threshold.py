@@ -6,8 +6,9 @@ With ``acc = grad + residual``: elements with ``|acc| > tau`` are sent as ``sign
 ``residual = acc - sent``. ``tau`` is fixed, or follows the share of elements that is to be sent: each tensor then has a
 tau of its own, in its state: the quantile that ``|acc|`` is expected to have at the next step.
 
-Wire: a SIGNS packet. float32 ``tau`` in the header; the payload is the signed index set: about 2 bytes for each element
-sent below a density of 1/8, 2 bits for every element of the tensor above.
+Wire: a SIGNS packet. float32 ``tau`` in the header; the payload is the signed index set: below a density of 1/8 about
+log2(1 / density) + 2.5 bits for each element sent (12.5 at 0.1 %), above that 1 bit for every element of the tensor and
+1 more for each element sent.
 """
 
 from __future__ import annotations
@@ -111,11 +112,7 @@ class Threshold(Compressor):
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.SIGNS)
-        magnitude = float(torch.tensor(packet.scalar) * scale)
-        if packet.coding is Coding.MAP:
-            kernels.add_sign_map(out, packet.payload, magnitude)
-        else:
-            kernels.scatter_signs(out, *packet.index_set, magnitude)
+        packet.add_signs(out, float(torch.tensor(packet.scalar) * scale))
 
     def max_nbytes(self, numel: int) -> int:
         return HEADER_NBYTES + indices.max_coded_nbytes(numel, numel, Coding.MAP, signed=True)

@@ -6,7 +6,8 @@ With ``acc = grad + residual``: the k elements with the largest ``|acc|`` are se
 magnitudes the one with the lowest index goes first, on every device. ``residual = acc - sent`` is 0 where something was
 sent. Elements that are exactly 0 are never sent, so a packet may hold fewer than k.
 
-Wire: a VALUES packet. The values in float32, then the unsigned index set: about 6 bytes for each element sent.
+Wire: a VALUES packet. The values in float32, then the unsigned index set: about 5.4 bytes for each element sent at a
+ratio of 0.1 %.
 """
 
 from __future__ import annotations
@@ -69,8 +70,7 @@ class TopK(Compressor):
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.VALUES)
-        index, _ = packet.index_set
-        out[index] += packet.payload[: 4 * packet.count].view(out.dtype) * scale
+        packet.add_values(out, scale)
 
     def max_nbytes(self, numel: int) -> int:
         count = self._count(numel)

@@ -6,13 +6,12 @@ them on the CPU where they were built and not turned off. One file a family choo
 
 from __future__ import annotations
 
+from gradcomp.kernels.indices import add_signs, add_values
 from gradcomp.kernels.reference import (
     add_bits,
     add_scaled,
-    add_sign_map,
     encode_bits,
     pack_bits,
-    scatter_signs,
     select_largest,
     select_threshold,
     unpack_bits,
@@ -22,14 +21,14 @@ from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, 
 __all__ = [
     "add_bits",
     "add_scaled",
-    "add_sign_map",
+    "add_signs",
+    "add_values",
     "encode_above",
     "encode_bits",
     "encode_largest",
     "encode_signs",
     "pack_bits",
     "sample_largest",
-    "scatter_signs",
     "select_largest",
     "select_threshold",
     "unpack_bits",

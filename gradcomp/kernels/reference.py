@@ -8,7 +8,8 @@ or both infinities, else the infinity.
 """
 
 from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, unpack_bits
-from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
+from gradcomp.kernels.reference_dense import add_scaled
+from gradcomp.kernels.reference_indices import add_signs, add_values
 from gradcomp.kernels.reference_select import (
     encode_above,
     encode_largest,
@@ -23,7 +24,8 @@ from gradcomp.kernels.reference_select import (
 __all__ = [
     "add_bits",
     "add_scaled",
-    "add_sign_map",
+    "add_signs",
+    "add_values",
     "encode_above",
     "encode_bits",
     "encode_largest",

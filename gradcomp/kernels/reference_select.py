@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradcomp import indices
+from gradcomp.kernels import reference_indices as indices
 from gradcomp.kernels.reference_chunks import accumulate, chunks, new_buffer, nonfinite_value
 
 __all__ = [

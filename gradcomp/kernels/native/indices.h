@@ -12,12 +12,17 @@ namespace gradcomp {
 
 enum class Coding : std::uint8_t { none = 0, words = 1, gaps = 2, map = 3, rice = 4 };
 
-constexpr std::uint64_t kSkip = 0x7fff;                             // elements that one escape unit of GAPS skips
-constexpr std::uint64_t kMaxNumel = std::uint64_t{1} << 59;         // more than any memory holds: sums cannot overflow
+// The most elements a tensor may have for a coding. The last: more than any memory holds, so that no sum overflows.
+constexpr std::uint64_t kMaxWordsNumel = std::uint64_t{1} << 31, kMaxGapsNumel = std::uint64_t{1} << 15,
+                        kMaxNumel = std::uint64_t{1} << 59;
+
+inline std::uint64_t max_numel(Coding coding) {
+    return coding == Coding::words ? kMaxWordsNumel : coding == Coding::gaps ? kMaxGapsNumel : kMaxNumel;
+}
 
 // The rule both ends follow; the same as gradcomp.indices.choose.
 Coding choose_coding(std::uint64_t count, std::uint64_t numel, bool is_signed);
-// The most bytes a set can take; exact for WORDS and MAP.
+// The most bytes a set can take; exact for all but RICE.
 std::uint64_t max_coded_nbytes(std::uint64_t count, std::uint64_t numel, Coding coding, bool is_signed);
 
 inline std::uint64_t bytes_for(std::uint64_t bits) { return bits / 8 + (bits % 8 != 0); }

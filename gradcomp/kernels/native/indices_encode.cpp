@@ -11,7 +11,7 @@ std::uint64_t max_coded_nbytes(std::uint64_t count, std::uint64_t numel, Coding 
         case Coding::words:
             return 4 * count;
         case Coding::gaps:
-            return count ? 2 * (count + (numel - count) / kSkip) : 0;
+            return 2 * count;
         case Coding::map:
             return bytes_for(numel) + (is_signed ? bytes_for(count) : 0);
         case Coding::rice: {
@@ -26,9 +26,10 @@ std::uint64_t max_coded_nbytes(std::uint64_t count, std::uint64_t numel, Coding 
 
 Coding choose_coding(std::uint64_t count, std::uint64_t numel, bool is_signed) {
     if (count > numel / 8) return Coding::map;
-    Coding best = numel <= std::uint64_t{1} << 31 ? Coding::words : Coding::gaps;
-    for (const Coding coding : {Coding::gaps, Coding::map, Coding::rice}) {
-        if (max_coded_nbytes(count, numel, coding, is_signed) < max_coded_nbytes(count, numel, best, is_signed)) {
+    Coding best = Coding::rice;
+    for (const Coding coding : {Coding::map, Coding::gaps, Coding::words}) {  // of equal ones the last
+        if (numel <= max_numel(coding) &&
+            max_coded_nbytes(count, numel, coding, is_signed) <= max_coded_nbytes(count, numel, best, is_signed)) {
             best = coding;
         }
     }
@@ -46,10 +47,8 @@ Coding coding_numbered(int number) {
 }
 
 void require_countable(std::uint64_t count, std::uint64_t numel, Coding coding) {
-    if (numel > kMaxNumel) throw std::invalid_argument("numel must be at most 2^59");
-    if (count > numel) throw std::invalid_argument("count must be at most numel");
-    if (coding == Coding::words && numel > std::uint64_t{1} << 31) {
-        throw std::invalid_argument("WORDS need a numel of at most 2^31");
+    if (count > numel || numel > max_numel(coding)) {
+        throw std::invalid_argument("so many elements of so many cannot be written in this coding");
     }
 }
 
@@ -91,8 +90,7 @@ nb::object encode_planes_bound(const Vector<const std::int64_t> &mask,
     const auto *bits = reinterpret_cast<const std::uint64_t *>(mask.data());
     const auto *signs = negative ? reinterpret_cast<const std::uint64_t *>(negative->data()) : nullptr;
     if (numel % 64 && bits[words - 1] >> numel % 64) throw std::invalid_argument("mask has bits beyond numel");
-    std::uint64_t count = 0;
-    for (std::uint64_t k = 0; k < words; ++k) count += static_cast<std::uint64_t>(__builtin_popcountll(bits[k]));
+    const std::uint64_t count = GRADCOMP_AT(level, count_ones)(bits, words);
     require_countable(count, numel, coding);
     Coded coded;
     {

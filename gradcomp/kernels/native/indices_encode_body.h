@@ -1,3 +1,9 @@
+GRADCOMP_ENTRY std::uint64_t count_ones(const std::uint64_t *words, std::uint64_t count) {
+    std::uint64_t ones = 0;
+    for (std::uint64_t k = 0; k < count; ++k) ones += static_cast<std::uint64_t>(__builtin_popcountll(words[k]));
+    return ones;
+}
+
 // Bits one after the other, lowest first, into whole words.
 struct BitWriter {
     std::uint8_t *out;
@@ -16,7 +22,22 @@ GRADCOMP_INLINE void put_bits(BitWriter &writer, std::uint64_t value, unsigned w
     writer.pending = writer.fill ? value >> (width - writer.fill) : 0;
 }
 
-GRADCOMP_INLINE void finish_bits(BitWriter &writer) { std::memcpy(writer.out, &writer.pending, bytes_for(writer.fill)); }
+// `zeros` bits 0, then a 1.
+GRADCOMP_INLINE void put_unary(BitWriter &writer, std::uint64_t zeros) {
+    std::uint64_t fill = writer.fill + zeros;
+    for (; fill >= 64; fill -= 64) {
+        std::memcpy(writer.out, &writer.pending, 8);
+        writer.out += 8;
+        writer.pending = 0;
+    }
+    writer.fill = static_cast<unsigned>(fill);
+    put_bits(writer, 1, 1);
+}
+
+GRADCOMP_INLINE std::uint8_t *finish_bits(BitWriter &writer) {
+    std::memcpy(writer.out, &writer.pending, bytes_for(writer.fill));
+    return writer.out + bytes_for(writer.fill);
+}
 
 // What takes the elements of a set one by one, a struct for each coding: put(sink, position, sign), then finish(sink).
 struct WordsSink {
@@ -36,25 +57,18 @@ struct GapsSink {
     std::uint64_t next = 0;  // the lowest position that may come now
 };
 
-GRADCOMP_INLINE void put_unit(GapsSink &sink, std::uint64_t value) {
-    const std::uint16_t unit = static_cast<std::uint16_t>(value);
+GRADCOMP_INLINE void put(GapsSink &sink, std::uint64_t position, std::uint64_t sign) {
+    const std::uint16_t unit = static_cast<std::uint16_t>((position - sink.next) << 1 | sign);
+    sink.next = position + 1;
     std::memcpy(sink.out, &unit, sizeof unit);
     sink.out += sizeof unit;
-}
-
-GRADCOMP_INLINE void put(GapsSink &sink, std::uint64_t position, std::uint64_t sign) {
-    std::uint64_t gap = position - sink.next;
-    sink.next = position + 1;
-    for (; gap >= kSkip; gap -= kSkip) put_unit(sink, 0xffff);
-    put_unit(sink, gap << 1 | sign);
 }
 
 GRADCOMP_INLINE std::uint8_t *finish(GapsSink &sink) { return sink.out; }
 
 struct RiceSink {
     BitWriter fields;
-    std::uint8_t *unary;       // all 0 beforehand
-    std::uint64_t unary_bits;  // of it so far
+    BitWriter unary;
     std::uint64_t next;
     unsigned low_bits;
     unsigned sign_bits;  // 0 or 1
@@ -66,22 +80,17 @@ GRADCOMP_INLINE void put(RiceSink &sink, std::uint64_t position, std::uint64_t s
     const std::uint64_t high = gap >> sink.low_bits;
     const std::uint64_t low = gap - (high << sink.low_bits);
     put_bits(sink.fields, low << sink.sign_bits | sign, sink.low_bits + sink.sign_bits);
-    sink.unary_bits += high;
-    sink.unary[sink.unary_bits / 8] |= static_cast<std::uint8_t>(1u << sink.unary_bits % 8);
-    ++sink.unary_bits;
+    put_unary(sink.unary, high);
 }
 
 GRADCOMP_INLINE std::uint8_t *finish(RiceSink &sink) {
     finish_bits(sink.fields);
-    return sink.unary + bytes_for(sink.unary_bits);
+    return finish_bits(sink.unary);
 }
 
 GRADCOMP_INLINE RiceSink new_rice_sink(std::uint8_t *out, std::uint64_t count, std::uint64_t numel, bool is_signed) {
     const unsigned low_bits = rice_bits(count, numel);
-    const std::uint64_t fields_nbytes = bytes_for(count * (low_bits + is_signed));
-    const std::uint64_t most = max_coded_nbytes(count, numel, Coding::rice, is_signed);
-    std::memset(out + fields_nbytes, 0, most - fields_nbytes);
-    return RiceSink{BitWriter{out}, out + fields_nbytes, 0, 0, low_bits, is_signed};
+    return RiceSink{BitWriter{out}, BitWriter{out + bytes_for(count * (low_bits + is_signed))}, 0, low_bits, is_signed};
 }
 
 // The bits of `value` where `mask` has ones, side by side.
@@ -97,18 +106,44 @@ GRADCOMP_INLINE std::uint64_t gather_bits(std::uint64_t value, std::uint64_t mas
 #endif
 }
 
+// Where the ones of `ones` are, times 2, plus the sign, to marks; returns how many. May write up to 2 more.
+GRADCOMP_INLINE std::size_t list_ones(std::uint64_t ones, std::uint64_t signs, std::uint64_t start, std::uint64_t *marks) {
+    std::size_t found = 0;
+#if GRADCOMP_LEVEL >= 2 && defined(__x86_64__)
+    // Whether there is none, one or two is not to be predicted: rather write some for nothing.
+    const std::size_t count = static_cast<std::size_t>(_mm_popcnt_u64(ones));
+    for (; found < 2; ++found, ones &= ones - 1) {
+        const std::uint64_t bit = _tzcnt_u64(ones);
+        marks[found] = (start + bit) << 1 | (signs >> (bit & 63) & 1);
+    }
+    if (count <= 2) return count;
+#endif
+    for (; ones != 0; ones &= ones - 1) {
+        const std::uint64_t bit = static_cast<std::uint64_t>(__builtin_ctzll(ones));
+        marks[found++] = (start + bit) << 1 | (signs >> bit & 1);
+    }
+    return found;
+}
+
 template <typename Sink>
 GRADCOMP_INLINE std::uint8_t *put_planes(Sink sink, const std::uint64_t *mask, const std::uint64_t *negative,
                                          std::uint64_t numel) {
+    constexpr std::size_t kEnough = 512;
+    std::uint64_t marks[kEnough + 4 * 64 + 2];
+    std::size_t found = 0;
     const std::uint64_t words = numel / 64 + (numel % 64 != 0);
-    for (std::uint64_t k = 0; k < words; ++k) {
-        std::uint64_t left = mask[k];
-        if (left == 0) continue;
-        const std::uint64_t signs = negative ? negative[k] : 0;
-        for (; left != 0; left &= left - 1) {
-            const unsigned bit = static_cast<unsigned>(__builtin_ctzll(left));
-            put(sink, k * 64 + bit, signs >> bit & 1);
+    for (std::uint64_t k = 0; k < words; k += 4) {
+        const std::uint64_t stop = words - k < 4 ? words : k + 4;
+        std::uint64_t any = 0;
+        for (std::uint64_t i = k; i < stop; ++i) any |= mask[i];
+        if (any != 0) {
+            for (std::uint64_t i = k; i < stop; ++i) {
+                found += list_ones(mask[i], negative ? negative[i] : 0, i * 64, marks + found);
+            }
         }
+        if (found < kEnough && stop < words) continue;
+        for (std::size_t i = 0; i < found; ++i) put(sink, marks[i] >> 1, marks[i] & 1);
+        found = 0;
     }
     return finish(sink);
 }

@@ -1,0 +1,75 @@
+"""Index sets, from the fastest backend for the tensors given; :mod:`gradcomp.kernels.reference_indices` defines it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gradcomp.errors import PacketError
+from gradcomp.kernels import native
+from gradcomp.kernels import reference_indices as reference
+from gradcomp.kernels.reference_indices import Coding
+
+__all__ = ["add_signs", "add_values", "check", "decode", "encode"]
+
+
+def encode(index: Tensor, negative: Tensor | None, numel: int, coding: Coding) -> Tensor:
+    """:func:`gradcomp.indices.encode`."""
+    if native.takes(index):
+        signs = None if negative is None else negative.contiguous()
+        return native.module.encode_indices(index.contiguous(), signs, numel, coding)
+    return reference.encode(index, negative, numel, coding)
+
+
+def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """:func:`gradcomp.indices.decode`."""
+    if native.takes(payload):
+        found = native.module.decode_indices(payload, count, numel, coding, signed)
+        if isinstance(found, str):
+            raise PacketError(f"index set: {found}")
+        return found
+    return reference.decode(payload, count, numel, coding, signed=signed)
+
+
+def check(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool) -> None:
+    """:func:`gradcomp.indices.check`."""
+    if native.takes(payload):
+        _refuse(native.module.check_indices(payload, count, numel, coding, signed))
+    else:
+        reference.check(payload, count, numel, coding, signed=signed)
+
+
+def add_signs(
+    out: Tensor,
+    payload: Tensor,
+    count: int,
+    coding: Coding,
+    magnitude: float,
+    index_set: tuple[Tensor, Tensor] | None = None,
+    threads: int | None = None,
+) -> None:
+    """:func:`gradcomp.kernels.reference.add_signs`; the native kernel reads the payload, and no index set."""
+    if native.takes(out):
+        _refuse(native.module.add_signs(out, payload, count, coding, magnitude, threads=native.thread_count(threads)))
+    else:
+        reference.add_signs(out, payload, count, coding, magnitude, index_set)
+
+
+def add_values(
+    out: Tensor,
+    payload: Tensor,
+    count: int,
+    coding: Coding,
+    values: Tensor,
+    scale: float,
+    index_set: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """:func:`gradcomp.kernels.reference.add_values`; the native kernel reads the payload, and no index set."""
+    if native.takes(out):
+        _refuse(native.module.add_values(out, payload, count, coding, values, scale))
+    else:
+        reference.add_values(out, payload, count, coding, values, scale, index_set)
+
+
+def _refuse(fault: str | None) -> None:
+    if fault is not None:
+        raise PacketError(f"index set: {fault}")
