@@ -62,9 +62,11 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
 
 def _split_at_commas(text: str) -> list[str]:
     """Split at commas outside brackets and quotes, so that JSON lists and strings stay whole."""
-    items, start, depth, quoted = [], 0, 0, False
+    items, start, depth, quoted, escaped = [], 0, 0, False, False
     for i, char in enumerate(text):
-        if char == '"':
+        if escaped or (quoted and char == "\\"):  # a quote after a backslash belongs to the string
+            escaped = not escaped
+        elif char == '"':
             quoted = not quoted
         elif quoted:
             continue
