@@ -20,6 +20,7 @@ Hello = Mapping[str, str | int | bytes]
 
 MAX_HELLO_BYTES = 1 << 20
 _MAX_FIELDS = 32
+_MAX_TEXT_BYTES = 1 << 17  # rules for many parameters are long
 
 
 def digest_tensors(lines: Sequence[str]) -> bytes:
@@ -29,6 +30,9 @@ def digest_tensors(lines: Sequence[str]) -> bytes:
 
 def pack(hello: Hello) -> bytes:
     """A hello as msgpack."""
+    for field, value in hello.items():
+        if isinstance(value, str) and len(value.encode()) > _MAX_TEXT_BYTES:
+            raise HandshakeError(f"hello: {field} has over {_MAX_TEXT_BYTES} bytes", field=field, peer=-1)
     packed: bytes = msgpack.packb(dict(hello))
     if len(packed) > MAX_HELLO_BYTES:
         raise HandshakeError(f"hello of {len(packed)} bytes is over {MAX_HELLO_BYTES}", field="tensors", peer=-1)
@@ -47,7 +51,7 @@ def unpack(data: bytes | memoryview) -> dict[str, str | int | bytes]:
         hello = msgpack.unpackb(
             data,
             strict_map_key=True,
-            max_str_len=4096,
+            max_str_len=_MAX_TEXT_BYTES,
             max_bin_len=MAX_HELLO_BYTES,
             max_array_len=0,
             max_map_len=_MAX_FIELDS,

@@ -13,7 +13,7 @@ __all__ = ["advance_momentum", "clip_residual", "clip_scale", "mask_momentum", "
 
 
 def clip_residual(residual: Tensor, limit: float) -> None:
-    """Clip every element to +-``limit``, in place. What is cut off is lost: old gradients point where nobody goes now."""
+    """Clip every element to +-``limit``, in place. What is cut off is lost."""
     limit = min(limit, torch.finfo(torch.float32).max)
     residual.clamp_(-limit, limit)
 
@@ -63,5 +63,5 @@ def warm_up_shares(start: float, end: float) -> tuple[float, ...]:
 
 
 def warm_up_rung(step: int, steps: int, count: int) -> int:
-    """Which of ``count`` shares is sent at ``step``: the last from ``steps`` on, before that the others, as long each."""
+    """Which of ``count`` shares is sent at ``step``: the last from ``steps`` on, before that each other as long."""
     return count - 1 if step >= steps else step * (count - 1) // steps

@@ -113,11 +113,10 @@ class Staged(Compressor, ABC):
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         reasons = []
         for inner in dict.fromkeys(reversed(self.compressors())):
-            try:
-                inner.decode_add(packet, out, scale)
+            refusal = _decode_or_refuse(inner, packet, out, scale)
+            if refusal is None:
                 return
-            except PacketError as error:  # out is unchanged
-                reasons.append(f"{inner.id}: {error}")
+            reasons.append(f"{inner.id}: {refusal}")
         raise PacketError(f"no stage of this schedule takes the packet; {'; '.join(reasons)}")
 
     def max_nbytes(self, numel: int) -> int:
@@ -193,3 +192,12 @@ def _has_residual(compressor: Compressor) -> bool:
 
 def _accumulated(grad: Tensor, state: State) -> Tensor:
     return (state["residual"] + flat_gradient(grad)).view(grad.shape)
+
+
+def _decode_or_refuse(compressor: Compressor, packet: Packet, out: Tensor, scale: float) -> PacketError | None:
+    """Decode, or say why not: ``out`` is then unchanged."""
+    try:
+        compressor.decode_add(packet, out, scale)
+    except PacketError as error:
+        return error
+    return None
