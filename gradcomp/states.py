@@ -164,7 +164,7 @@ class StateStore:
                 if span not in cut and set(by_role) != {WAITING}:
                     raise StateError(
                         f"state for {name!r}[{span}]; this run cuts it into "
-                        f"{', '.join(sorted(cut)) or 'nothing: it does not compress it'} (another world size or exchange)"
+                        f"{', '.join(sorted(cut)) or 'nothing'} (another world size, exchange or compressor)"
                     )
                 for role, fields in by_role.items():
                     if role not in (*ROLES, WAITING):
