@@ -20,6 +20,7 @@ Hello = Mapping[str, str | int | bytes]
 
 MAX_HELLO_BYTES = 1 << 20
 _MAX_FIELDS = 32
+_SHOWN = 100  # characters of a long text on either side of where it differs
 _MAX_TEXT_BYTES = 1 << 17  # rules for many parameters are long
 
 
@@ -79,6 +80,8 @@ def compare(mine: Hello, theirs: Hello, *, rank: int, peer: int) -> None:
             continue
         if field == "tensors" and isinstance(here, bytes) and isinstance(there, bytes):
             what = _first_difference(here, there)
+        elif isinstance(here, str) and isinstance(there, str):
+            what = "{!r} here, {!r} there".format(*_around_difference(here, there))
         else:
             what = f"{here!r} here, {there!r} there"
         raise HandshakeError(f"rank {rank} and rank {peer} differ in {field}: {what}", field=field, peer=peer)
@@ -90,3 +93,12 @@ def _first_difference(here: bytes, there: bytes) -> str:
         if here[i : i + 8] != there[i : i + 8]:
             return f"{count}; tensor {i // 8} is the first whose name, shape, dtype or compressor differs"
     return count
+
+
+def _around_difference(here: str, there: str) -> tuple[str, str]:
+    """Both texts, or what is around their first difference where they are long, as rules are."""
+    if max(len(here), len(there)) <= 2 * _SHOWN:
+        return here, there
+    at = next((i for i, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1]), len(here))
+    start = max(0, min(at, len(here), len(there)) - _SHOWN)
+    return "..." * (start > 0) + here[start : at + _SHOWN], "..." * (start > 0) + there[start : at + _SHOWN]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -258,14 +259,18 @@ def test_only_the_parameters_that_change_lose_what_else_was_learnt() -> None:
             train_step(net, optimizer, sync.rank, 0)
             before = sync.state_dict()["states"]
             sync.set_compressor(
-                gradcomp.Rules([gradcomp.Rule(name="0.*", min_dim=2, compressor="topk")], default="threshold:density=0.1")
+                gradcomp.Rules(
+                    [gradcomp.Rule(name="0.*", min_dim=2, compressor="topk")], default="threshold:density=0.1"
+                )
             )
             after = sync.state_dict()["states"]
             assert set(after["0.weight"]["0:36"]["gradient"]) == {"residual"}
             assert torch.equal(
                 after["0.weight"]["0:36"]["gradient"]["residual"], before["0.weight"]["0:36"]["gradient"]["residual"]
             )
-            assert torch.equal(after["4.weight"]["0:512"]["gradient"]["tau"], before["4.weight"]["0:512"]["gradient"]["tau"])
+            assert torch.equal(
+                after["4.weight"]["0:512"]["gradient"]["tau"], before["4.weight"]["0:512"]["gradient"]["tau"]
+            )
             train_step(net, optimizer, sync.rank, 1)
 
     run_ranks(2, rank_main)
@@ -276,9 +281,7 @@ class TestStates:
 
     def pieces(self, compressor: str, *cuts: int, owner: int | None = None) -> dict[tuple[str, str], Piece]:
         codec = gradcomp.compressor(compressor)
-        return {
-            ("w", f"{a}:{b}"): Piece(0, a, b, (b - a,), codec, owner) for a, b in zip(cuts, cuts[1:], strict=False)
-        }
+        return {("w", f"{a}:{b}"): Piece(0, a, b, (b - a,), codec, owner) for a, b in pairwise(cuts)}
 
     def filled(self, pieces: dict[tuple[str, str], Piece]) -> StateStore:
         store = StateStore()

@@ -165,6 +165,8 @@ class Scheduled(Staged):
     def __post_init__(self) -> None:
         object.__setattr__(self, "then", registry.compressor(self.then))
         stages: list[tuple[int, Compressor]] = []
+        if not isinstance(self.stages, (list, tuple)):
+            raise ConfigError(f"scheduled: stages={self.stages!r} is not allowed; stages must be a list")
         for pair in self.stages:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise ConfigError(f'scheduled: stages has {pair!r}; a stage is [step, "compressor"]')
