@@ -20,7 +20,7 @@ from gradcomp.errors import ConfigError, GradcompError, GradientError
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.options import check_choice, check_integer
 from gradcomp.plan import Plan, message_bounds
-from gradcomp.registry import Spec, format_spec
+from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 from gradcomp.states import StateStore, unpack
 from gradcomp.telemetry import StepRecord, Totals
@@ -161,7 +161,7 @@ class GradientExchange:
             parameter's, as a spec string, by name.
         """
         return self._totals.as_dict() | {
-            "compressors": {row.name: format_spec(row.codec) for row in self._plan.table},
+            "compressors": dict(self._plan.specs),
             "bytes_sent": self.transport.bytes_sent,
             "bytes_received": self.transport.bytes_received,
             "residual_norm": self._store.residual_norm(),

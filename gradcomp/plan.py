@@ -7,6 +7,7 @@ makes the same one.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,8 @@ from gradcomp import handshake, replicas
 from gradcomp.bucket import Bucket, Parameter, Piece, Unit, max_message_bytes, plan_buckets, tensor_table
 from gradcomp.compressors.cast import NoCompression
 from gradcomp.interfaces import Exchange
-from gradcomp.rules import Choice
+from gradcomp.registry import format_spec
+from gradcomp.rules import Choice, Rules
 
 __all__ = ["Plan", "message_bounds"]
 
@@ -54,6 +56,9 @@ class Plan:
             ConfigError: as :func:`gradcomp.bucket.tensor_table`.
         """
         table = tensor_table(named, compressor, dense)
+        for number, rule in enumerate(compressor.rules if isinstance(compressor, Rules) else ()):
+            if not any(rule.matches(name, tensor) for name, tensor in named):
+                logging.getLogger("gradcomp").warning("rule %d matches no parameter: %r", number, rule)
         buckets = plan_buckets(table, bucket_bytes)
         return cls(compressor, table, buckets, [exchange.cut(bucket.units, world_size) for bucket in buckets])
 
@@ -71,6 +76,11 @@ class Plan:
     def gradient_bytes(self) -> int:
         """All gradients as float32."""
         return 4 * sum(row.numel for row in self.table)
+
+    @cached_property
+    def specs(self) -> dict[str, str]:
+        """Each parameter's compressor, as a spec string."""
+        return {row.name: format_spec(row.codec) for row in self.table}
 
     def describe(self) -> dict[str, str | bytes]:
         """What ranks must agree on, for a hello."""

@@ -76,7 +76,7 @@ class Rule:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Rules:
     """Compressors by parameter: the first rule that matches decides, else ``default`` is used.
 

@@ -113,6 +113,19 @@ def test_workers_check_the_file_before_anything_starts(tmp_path: Path) -> None:
     assert f"--compressor=@{tmp_path}/rules.json" in options.to_arguments()
 
 
+def test_a_rule_for_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    def rank_main(transport: Any) -> None:
+        net = small_net()
+        rules = Rules([Rule(name="0.weight", compressor="topk"), Rule(name="layer4.*", compressor="onebit")])
+        attach(net, torch.optim.SGD(net.parameters(), lr=1.0), transport, compressor=rules).close()
+
+    run_ranks(1, rank_main)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "rule 1 matches no parameter" in record.getMessage()
+    assert "layer4.*" in record.getMessage()
+
+
 @pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
 def test_training_by_rules_keeps_replicas_identical(exchange: str) -> None:
     rules = Rules([Rule(name="0.weight", compressor="onebit:block=8"), Rule(name="4.*", compressor="dgc:ratio=0.1")])
