@@ -94,7 +94,8 @@ class Staged(Compressor, ABC):
         if _has_residual(inner):
             inner.commit(grad, packet, own)
         else:
-            inner.commit(_accumulated(grad, state), packet, own)
+            if own:
+                inner.commit(_accumulated(grad, state), packet, own)
             super().commit(flat_gradient(grad), packet, state)
         self._keep(number, own, state)
         state["step"] += 1
