@@ -26,14 +26,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradcomp import indices, kernels, residual
+from gradcomp import kernels, residual
 from gradcomp.compressors import flat_gradient
 from gradcomp.compressors.topk import TopK
 from gradcomp.errors import ConfigError
 from gradcomp.interfaces import Compressor, State
 from gradcomp.kernels.reference_chunks import chunks, new_buffer
 from gradcomp.options import check_flag, check_integer, check_number
-from gradcomp.packet import HEADER_NBYTES, Packet
+from gradcomp.packet import Packet
 
 __all__ = ["DeepGradientCompression"]
 
@@ -43,6 +43,7 @@ _FAR_MORE = 1.25  # times k: if more pass, the k largest of them are looked for
 _SAMPLE = 1 << 16
 _LARGEST = torch.finfo(torch.float32).max
 _VALUES = TopK(k=1)  # reads VALUES packets of any size
+_Found = tuple[Tensor, Tensor] | float  # indices and values, or what was found that is not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,9 @@ class DeepGradientCompression(Compressor):
             return Packet.nonfinite(found, flat.numel(), flat.device)
         index, values = found
         if len(index) > int(_FAR_MORE * count):
-            again = kernels.select_largest(values, None, count)
-            if isinstance(again, float):  # cannot be: what is not finite was found before
-                return Packet.nonfinite(again, flat.numel(), flat.device)
-            index, values = index[again[0]], again[1]
+            largest = kernels.select_largest(values, None, count)
+            if not isinstance(largest, float):  # it is not: what is not finite was found before
+                index, values = index[largest[0]], largest[1]
         return Packet.values(index, values, flat.numel())
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
@@ -141,14 +141,15 @@ class DeepGradientCompression(Compressor):
             state["step"] += 1
 
     def max_nbytes(self, numel: int) -> int:
-        return _nbytes(int(_FAR_MORE * max(self._count(numel, 0), self._count(numel, self.warmup_steps))), numel)
+        most = max(self._count(numel, 0), self._count(numel, self.warmup_steps))
+        return TopK(k=max(1, int(_FAR_MORE * most))).max_nbytes(numel)
 
     def typical_nbytes(self, numel: int) -> int:
-        return _nbytes(self._count(numel, self.warmup_steps), numel)
+        return TopK(k=max(1, self._count(numel, self.warmup_steps))).max_nbytes(numel)
 
     def stats(self, packet: Packet, state: State | None = None) -> dict[str, float]:
         """``density``: the share of elements that was sent."""
-        return {"density": packet.count / max(packet.numel, 1)}
+        return _VALUES.stats(packet)
 
     def _count(self, numel: int, step: int) -> int:
         """k for a tensor, at a step of the warm-up."""
@@ -167,9 +168,7 @@ class DeepGradientCompression(Compressor):
     def _advance(self, velocity: Tensor, grad: Tensor, out: Tensor) -> Tensor:
         return residual.advance_momentum(velocity, grad, self.momentum, nesterov=self.nesterov, out=out)
 
-    def _select_corrected(
-        self, flat: Tensor, held: Tensor, velocity: Tensor, count: int
-    ) -> tuple[Tensor, Tensor] | float:
+    def _select_corrected(self, flat: Tensor, held: Tensor, velocity: Tensor, count: int) -> _Found:
         """As :func:`_select` of residual + corrected gradient, which is formed a chunk at a time."""
         numel = flat.numel()
         stride = -(-numel // max(_SAMPLE, 8 * numel // max(count, 1))) | 1
@@ -177,7 +176,7 @@ class DeepGradientCompression(Compressor):
         step = self._advance(sample, flat[::stride], torch.empty_like(sample))
         tau = _threshold(step, held[::stride], count, numel)
         buffer = new_buffer(flat)
-        indices_found, values = [flat.new_empty(0, dtype=torch.int64)], [buffer[:0]]
+        index, values = [flat.new_empty(0, dtype=torch.int64)], [buffer[:0]]
         nonfinite = 0.0
         for part in chunks(numel, flat.device):
             step = self._advance(velocity[part], flat[part], buffer[: part.stop - part.start])
@@ -185,9 +184,9 @@ class DeepGradientCompression(Compressor):
             if isinstance(found, float):
                 nonfinite += found
                 continue
-            indices_found.append(found[0] + part.start)
+            index.append(found[0] + part.start)
             values.append(step[found[0]] + held[part][found[0]])
-        return nonfinite or (torch.cat(indices_found), torch.cat(values))
+        return nonfinite or (torch.cat(index), torch.cat(values))
 
 
 def _threshold(flat: Tensor, held: Tensor | None, count: int, numel: int) -> float:
@@ -198,7 +197,7 @@ def _threshold(flat: Tensor, held: Tensor | None, count: int, numel: int) -> flo
     return float(torch.nextafter(largest[-1], torch.zeros_like(largest[-1])))
 
 
-def _select(flat: Tensor, held: Tensor | None, count: int) -> tuple[Tensor, Tensor] | float:
+def _select(flat: Tensor, held: Tensor | None, count: int) -> _Found:
     """Indices and values of what passes the threshold, or a float if something is not finite."""
     found = kernels.select_threshold(flat, held, _threshold(flat, held, count, flat.numel()))
     if isinstance(found, float):
@@ -206,9 +205,3 @@ def _select(flat: Tensor, held: Tensor | None, count: int) -> tuple[Tensor, Tens
     index = found[0]
     values = flat[index].to(torch.float32)
     return index, values if held is None else values + held[index]
-
-
-def _nbytes(count: int, numel: int) -> int:
-    count = min(count, numel)
-    coding = indices.choose(count, numel, signed=False)
-    return HEADER_NBYTES + 4 * count + indices.max_coded_nbytes(count, numel, coding, signed=False)

@@ -17,7 +17,7 @@ from functools import cache
 from typing import ClassVar
 
 from gradcomp import registry
-from gradcomp.compressors.scheduled import Staged
+from gradcomp.compressors.staged import Staged
 from gradcomp.compressors.topk import TopK
 from gradcomp.errors import ConfigError
 from gradcomp.interfaces import Compressor
