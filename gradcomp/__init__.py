@@ -32,6 +32,7 @@ from gradcomp.registry import (
     exchange,
     transport,
 )
+from gradcomp.rules import Rule, Rules
 from gradcomp.version import __version__
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "PacketError",
     "PeerLost",
     "ReplicaMismatch",
+    "Rule",
+    "Rules",
     "StateError",
     "Transport",
     "TransportError",

@@ -22,6 +22,7 @@ from gradcomp.errors import ConfigError, PacketError
 from gradcomp.interfaces import Buffer, Compressor
 from gradcomp.options import check_integer
 from gradcomp.packet import Packet
+from gradcomp.rules import Choice, choose_for
 
 __all__ = ["Bucket", "DenseRule", "Message", "Parameter", "Piece", "Unit", "max_message_bytes", "plan_buckets"]
 
@@ -157,9 +158,9 @@ def _units(table: Sequence[Parameter], positions: Sequence[int]) -> list[Unit]:
 
 
 def tensor_table(
-    named: Sequence[tuple[str, Tensor]], codec: Compressor, dense: Callable[[str, Tensor], bool]
+    named: Sequence[tuple[str, Tensor]], compressor: Choice, dense: Callable[[str, Tensor], bool]
 ) -> list[Parameter]:
-    """The tensor table, in registration order.
+    """The tensor table, in registration order. A rule that names a parameter's compressor beats ``dense``.
 
     Raises:
         ConfigError: a parameter that is not float32, float16 or bfloat16, or a name that occurs twice.
@@ -175,8 +176,10 @@ def tensor_table(
         if name in seen:
             raise ConfigError(f"parameter name {name!r} occurs twice")
         seen.add(name)
-        chosen = codec if codec.stateless or not dense(name, tensor) else plain
-        table.append(Parameter(name, tuple(tensor.shape), tensor.dtype, chosen))
+        codec, explicit = choose_for(compressor, name, tensor)
+        if not explicit and not codec.stateless and dense(name, tensor):
+            codec = plain
+        table.append(Parameter(name, tuple(tensor.shape), tensor.dtype, codec))
     return table
 
 

@@ -58,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="an argument for task(); repeatable",
     )
-    run.add_argument("--compressor", metavar="SPEC", default="threshold", help="default: %(default)s")
+    run.add_argument(
+        "--compressor",
+        metavar="SPEC",
+        default="threshold",
+        help="or @FILE: rules by parameter, in JSON; default: %(default)s",
+    )
     run.add_argument("--transport", metavar="SPEC", default="zmq", help="default: %(default)s")
     run.add_argument("--exchange", metavar="SPEC", default="auto", help="default: %(default)s")
     run.add_argument("--epochs", type=int, metavar="N", help="in place of the task's own")

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradcomp import handshake, replicas
-from gradcomp.bucket import Bucket, DenseRule, Piece, max_message_bytes, plan_buckets, tensor_table
+from gradcomp import replicas
+from gradcomp.bucket import Bucket, DenseRule
 from gradcomp.driver import Driver
-from gradcomp.errors import ConfigError, GradientError, StateError
-from gradcomp.interfaces import Compressor, Exchange, Slot, Transport
+from gradcomp.errors import ConfigError, GradcompError, GradientError
+from gradcomp.interfaces import Exchange, Transport
 from gradcomp.options import check_choice, check_integer
-from gradcomp.states import StateStore
+from gradcomp.plan import Plan, message_bounds
+from gradcomp.registry import Spec
+from gradcomp.rules import Choice, choose
+from gradcomp.states import StateStore, unpack
 from gradcomp.telemetry import StepRecord, Totals
 from gradcomp.version import WIRE_VERSION, __version__
-from gradcomp.work import BucketWork
+from gradcomp.work import BucketWork, check_gradient
 
 __all__ = ["GradientExchange"]
 
 _STATE_FORMAT = 1
-_AVERAGE_BUCKET = 0xFFFF_FFFD
 
 
 class GradientExchange:
@@ -38,6 +40,7 @@ class GradientExchange:
 
     Args:
         named_parameters: name and parameter, in the same order on every rank.
+        compressor: a Compressor, or Rules for each parameter's.
         buffers: further tensors that start as rank 0's (BatchNorm's running statistics, frozen parameters).
         reduction: ``"mean"`` or ``"sum"`` over ranks.
         when: ``"backward"``: exchanged inside ``backward()``, overlapped with it; ``"step"``: when :meth:`exchange`
@@ -55,7 +58,7 @@ class GradientExchange:
         self,
         named_parameters: Sequence[tuple[str, Tensor]],
         *,
-        compressor: Compressor,
+        compressor: Choice,
         transport: Transport,
         exchange: Exchange,
         buffers: Sequence[Tensor] = (),
@@ -75,14 +78,12 @@ class GradientExchange:
         self._tensors = [tensor for _, tensor in named_parameters]
         if len({tensor.device for tensor in self._tensors}) > 1:
             raise ConfigError("parameters lie on several devices; one process exchanges the gradients of one device")
-        self.compressor, self.transport, self.exchange_kind = compressor, transport, exchange
+        self.transport, self.exchange_kind = transport, exchange
         self._reduction, self._when, self._digest_every = reduction, when, digest_every
-        self._table = tensor_table(named_parameters, compressor, DenseRule() if dense is None else dense)
-        self._buckets = plan_buckets(self._table, bucket_bytes)
-        self._pieces = [exchange.cut(bucket.units, transport.world_size) for bucket in self._buckets]
-        self._bucket_of = {position: bucket for bucket in self._buckets for position in bucket.parameters}
-        self._gradient_bytes = 4 * sum(row.numel for row in self._table)
-        self._has_state = any(not row.codec.stateless for row in self._table)
+        self._bucket_bytes = bucket_bytes
+        self._dense = DenseRule() if dense is None else dense
+        self._plan = self._make_plan(compressor)
+        self._numels = {row.name: row.numel for row in self._plan.table}
         self._store = StateStore(transport.rank)
         self._totals = Totals()
         self._step = 0
@@ -93,7 +94,8 @@ class GradientExchange:
         self._lock = threading.Lock()
         self._start_step()
 
-        longest, all_together = self._message_bounds(buffers)
+        self._most_bytes = self._plan.most_bytes(exchange, transport.world_size)
+        longest, all_together = message_bounds(self._most_bytes, [*self._tensors, *buffers])
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
         transport.connect(self._hello(bucket_bytes), max_message_bytes=longest, max_unclaimed_bytes=2 * all_together)
         self._driver = Driver(transport)
@@ -119,6 +121,11 @@ class GradientExchange:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.transport.world_size
+
+    @property
+    def compressor(self) -> Choice:
+        """What compresses now: a Compressor, or Rules."""
+        return self._plan.compressor
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -150,9 +157,11 @@ class GradientExchange:
             same gradients as float32), ``ratio`` (gradient_bytes / packet_bytes). Of the last step: ``density`` (share
             of compressed elements that was sent), ``tau`` (mean over tensors), ``compress_ms``, ``wait_ms``
             (training thread waiting), ``decompress_ms``, ``hidden_fraction`` (share of the time on the wire that
-            backward hid), ``parameters`` (the same by name). Now: ``residual_norm``.
+            backward hid), ``parameters`` (the same by name). Now: ``residual_norm``, and ``compressors``: each
+            parameter's, as a spec string, by name.
         """
         return self._totals.as_dict() | {
+            "compressors": dict(self._plan.specs),
             "bytes_sent": self.transport.bytes_sent,
             "bytes_received": self.transport.bytes_received,
             "residual_norm": self._store.residual_norm(),
@@ -167,13 +176,7 @@ class GradientExchange:
         Returns:
             float32, same shape, on the CPU; bit-identical on all ranks.
         """
-        mine = tensor.detach().to("cpu", torch.float32).contiguous()
-        if mine.numel() * 4 > replicas.BROADCAST_CHUNK_BYTES:
-            raise ConfigError(f"average: {mine.numel()} elements are too many; at most 8 MiB of float32")
-        slot = Slot(self._next_turn(), _AVERAGE_BUCKET, 0)
-        everyone = self.transport.all_gather(slot, mine.numpy().tobytes())
-        rows = [torch.frombuffer(bytearray(row), dtype=torch.float32) if len(row) else mine for row in everyone]
-        return torch.stack([row.view(mine.shape) for row in rows]).mean(0)
+        return replicas.average(self.transport, self._next_turn(), tensor)
 
     def state_dict(self) -> dict[str, object]:
         """Residuals and all else that must last, of this rank: a plain dict of tensors, strings and numbers.
@@ -201,22 +204,44 @@ class GradientExchange:
             "world_size": self.world_size,
             "compressor": json.dumps(self.compressor.config(), sort_keys=True),
         }
-        for field, value in expected.items():
-            if state_dict.get(field) != value:
-                raise StateError(f"state dict has {field}={state_dict.get(field)!r}; this run has {value!r}")
-        step, states = state_dict.get("step"), state_dict.get("states")
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise StateError(f"state dict has step={step!r}; it must be an integer >= 0")
-        if not isinstance(states, Mapping):
-            raise StateError(f"state dict has states={type(states).__name__}; it must be a dict")
-        spans: dict[str, set[str]] = {}
-        for bucket, pieces in zip(self._buckets, self._pieces, strict=True):
-            for piece in pieces:
-                if not piece.codec.stateless:
-                    name = self._names[bucket.units[piece.unit].parameters[0]]
-                    spans.setdefault(name, set()).add(f"{piece.start}:{piece.stop}")
-        self._store.load(states, spans)
+        step, states = unpack(state_dict, expected)
+        self._store.load(states, self._plan.named_pieces(), self._numels)
         self._step = step
+
+    def set_compressor(self, compressor: Spec | Choice) -> None:
+        """Compress differently from the next step on. All ranks must call it, between the same two steps.
+
+        Nothing that is held back is lost: residuals are cut to the new compressor's pieces, or wait for the next
+        gradient if it keeps none. What else a compressor remembered (a momentum, say) is dropped where it changes.
+
+        Args:
+            compressor: as for :func:`gradcomp.attach`, rules included.
+
+        Raises:
+            ConfigError: an unknown id or option, or a compressor that may send more than was agreed at the start:
+                what the first compressor may send, or float32.
+            HandshakeError: the ranks do not agree; names the field. Nothing has changed then, on any rank.
+        """
+        if self._works:
+            raise ConfigError("set_compressor: a step is under way; call it between steps")
+        problem: GradcompError | None = None
+        agreed: dict[str, str | int | bytes] = {"step": self._step}
+        try:
+            plan = self._make_plan(choose(compressor))
+            for most, allowed in zip(plan.message_bytes(), self._most_bytes, strict=True):
+                if most > allowed:
+                    raise ConfigError(f"set_compressor: a message could have {most} bytes; {allowed} were agreed on")
+            store = self._store.recut(
+                self._plan.named_pieces(), plan.named_pieces(), self._numels, self._tensors[0].device
+            )
+            agreed |= plan.describe()
+        except GradcompError as error:
+            # The others must hear of it, or they would wait for this rank.
+            problem = error
+            agreed["compressor"] = f"refused on rank {self.rank}: {error}"[:1000]
+        replicas.check_agreed(self.transport, self._next_turn(), agreed, problem)
+        self._plan, self._store = plan, store
+        self._start_step()
 
     def add_handle(self, handle: RemovableHandle) -> None:
         """Keep a hook's handle, to be removed by :meth:`detach`."""
@@ -251,8 +276,7 @@ class GradientExchange:
             "version": __version__,
             "wire": WIRE_VERSION,
             "world_size": self.world_size,
-            "compressor": json.dumps(self.compressor.config(), sort_keys=True),
-            "tensors": handshake.digest_tensors([row.describe() for row in self._table]),
+            **self._plan.describe(),
             "exchange": json.dumps(self.exchange_kind.config(), sort_keys=True),
             "reduction": self._reduction,
             "when": self._when,
@@ -260,21 +284,20 @@ class GradientExchange:
             "digest_every": self._digest_every,
         }
 
-    def _message_bounds(self, buffers: Sequence[Tensor]) -> tuple[int, int]:
-        """The longest message there can be, and how much a rank can send another in a step or a broadcast, in bytes."""
-        lengths = [
-            max_message_bytes(pieces, len(bucket.parameters))
-            for bucket, pieces in zip(self._buckets, self._pieces, strict=True)
-        ]
-        sizes = [tensor.numel() * tensor.element_size() for tensor in [*self._tensors, *buffers]]
-        # Broadcast chunks, averages and digests share the connection. What has no flat view is broadcast whole.
-        others = max(replicas.BROADCAST_CHUNK_BYTES, 16 * len(self._table), *sizes)
-        return max(*lengths, others), max(2 * sum(lengths), sum(sizes)) + others
+    def _make_plan(self, compressor: Choice) -> Plan:
+        return Plan.make(
+            list(zip(self._names, self._tensors, strict=True)),
+            compressor,
+            dense=self._dense,
+            exchange=self.exchange_kind,
+            world_size=self.world_size,
+            bucket_bytes=self._bucket_bytes,
+        )
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _start_step(self) -> None:
-        self._waiting = {bucket.index: set(bucket.parameters) for bucket in self._buckets}
+        self._waiting = {bucket.index: set(bucket.parameters) for bucket in self._plan.buckets}
         self._works: list[BucketWork] = []
         self._record = StepRecord()
         self._in_backward = False
@@ -292,7 +315,7 @@ class GradientExchange:
             self._in_backward = True
             # Runs when this backward pass is over, whatever parameters it did not reach.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-        waiting = self._waiting[self._bucket_of[position].index]
+        waiting = self._waiting[self._plan.bucket_of[position].index]
         if position not in waiting:
             raise GradientError(
                 f"parameter {self._names[position]!r} got a second gradient before the first was exchanged; "
@@ -300,15 +323,15 @@ class GradientExchange:
             )
         waiting.discard(position)
         # Every rank submits every bucket in the same order, ready ones waiting for those before them.
-        while len(self._works) < len(self._buckets) and not self._waiting[len(self._works)]:
-            self._submit(self._buckets[len(self._works)])
+        while len(self._works) < len(self._plan.buckets) and not self._waiting[len(self._works)]:
+            self._submit(self._plan.buckets[len(self._works)])
 
     def _end_of_backward(self) -> None:
         with self._abort_on_error():
             self._finish()
 
     def _finish(self) -> None:
-        for bucket in self._buckets[len(self._works) :]:
+        for bucket in self._plan.buckets[len(self._works) :]:
             self._submit(bucket)
         with self._record.timed("wait_s"):
             self._driver.drain()
@@ -318,7 +341,7 @@ class GradientExchange:
                 work.finish(commit=not nonfinite)
         self._step += 1
         self._next_turn()
-        self._totals.add(self._record, gradient_bytes=self._gradient_bytes, nonfinite=nonfinite)
+        self._totals.add(self._record, gradient_bytes=self._plan.gradient_bytes, nonfinite=nonfinite)
         self._start_step()
         if self._digest_every and self._step % self._digest_every == 0:
             self.check_replicas()
@@ -333,37 +356,24 @@ class GradientExchange:
 
     def _submit(self, bucket: Bucket) -> None:
         for position in bucket.parameters:
-            self._check_gradient(position)
+            check_gradient(self._names[position], self._tensors[position].grad)
         if self._tensors[bucket.parameters[0]].is_cuda:
             # The exchange thread reads on a stream of its own: what backward queued must have been computed.
             torch.cuda.current_stream(self._tensors[bucket.parameters[0]].device).synchronize()
-        pieces: Sequence[Piece] = self._pieces[bucket.index]
         work = BucketWork(
             bucket=bucket,
-            pieces=pieces,
-            table=self._table,
+            pieces=self._plan.pieces[bucket.index],
+            table=self._plan.table,
             tensors=self._tensors,
             store=self._store,
             transport=self.transport,
             record=self._record,
             step=self._turn,
             scale=1.0 / self.world_size if self._reduction == "mean" else 1.0,
-            watch_dense=self._has_state,
+            watch_dense=self._plan.has_state or self._store.holds_waiting,
         )
         self._works.append(work)
         self._driver.submit(self.exchange_kind.run(work), self._record)
-
-    def _check_gradient(self, position: int) -> None:
-        grad = self._tensors[position].grad
-        if grad is None:
-            return
-        if grad.layout != torch.strided:
-            raise GradientError(
-                f"parameter {self._names[position]!r} has a {grad.layout} gradient; only dense (strided) gradients can "
-                "be exchanged: use sparse=False in the embedding"
-            )
-        if grad.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise GradientError(f"parameter {self._names[position]!r} has a {grad.dtype} gradient")
 
     @contextmanager
     def _abort_on_error(self) -> Iterator[None]:

@@ -20,6 +20,8 @@ Hello = Mapping[str, str | int | bytes]
 
 MAX_HELLO_BYTES = 1 << 20
 _MAX_FIELDS = 32
+_SHOWN = 100  # characters of a long text on either side of where it differs
+_MAX_TEXT_BYTES = 1 << 17  # rules for many parameters are long
 
 
 def digest_tensors(lines: Sequence[str]) -> bytes:
@@ -29,6 +31,9 @@ def digest_tensors(lines: Sequence[str]) -> bytes:
 
 def pack(hello: Hello) -> bytes:
     """A hello as msgpack."""
+    for field, value in hello.items():
+        if isinstance(value, str) and len(value.encode()) > _MAX_TEXT_BYTES:
+            raise HandshakeError(f"hello: {field} has over {_MAX_TEXT_BYTES} bytes", field=field, peer=-1)
     packed: bytes = msgpack.packb(dict(hello))
     if len(packed) > MAX_HELLO_BYTES:
         raise HandshakeError(f"hello of {len(packed)} bytes is over {MAX_HELLO_BYTES}", field="tensors", peer=-1)
@@ -47,7 +52,7 @@ def unpack(data: bytes | memoryview) -> dict[str, str | int | bytes]:
         hello = msgpack.unpackb(
             data,
             strict_map_key=True,
-            max_str_len=4096,
+            max_str_len=_MAX_TEXT_BYTES,
             max_bin_len=MAX_HELLO_BYTES,
             max_array_len=0,
             max_map_len=_MAX_FIELDS,
@@ -75,6 +80,8 @@ def compare(mine: Hello, theirs: Hello, *, rank: int, peer: int) -> None:
             continue
         if field == "tensors" and isinstance(here, bytes) and isinstance(there, bytes):
             what = _first_difference(here, there)
+        elif isinstance(here, str) and isinstance(there, str):
+            what = "{!r} here, {!r} there".format(*_around_difference(here, there))
         else:
             what = f"{here!r} here, {there!r} there"
         raise HandshakeError(f"rank {rank} and rank {peer} differ in {field}: {what}", field=field, peer=peer)
@@ -86,3 +93,12 @@ def _first_difference(here: bytes, there: bytes) -> str:
         if here[i : i + 8] != there[i : i + 8]:
             return f"{count}; tensor {i // 8} is the first whose name, shape, dtype or compressor differs"
     return count
+
+
+def _around_difference(here: str, there: str) -> tuple[str, str]:
+    """Both texts, or what is around their first difference where they are long, as rules are."""
+    if max(len(here), len(there)) <= 2 * _SHOWN:
+        return here, there
+    at = next((i for i, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1]), len(here))
+    start = max(0, min(at, len(here), len(there)) - _SHOWN)
+    return "..." * (start > 0) + here[start : at + _SHOWN], "..." * (start > 0) + there[start : at + _SHOWN]

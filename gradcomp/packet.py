@@ -74,7 +74,8 @@ class Packet:
         if math.isfinite(value):
             raise ValueError(f"value must be NaN or infinite; got {value!r}")
         payload = torch.empty(0, dtype=torch.uint8, device=device)
-        return cls(kind=Kind.NONFINITE, numel=numel, payload=payload, scalar=value)
+        scalar = math.nan if math.isnan(value) else value  # NaN has a sign bit too; the header's has not
+        return cls(kind=Kind.NONFINITE, numel=numel, payload=payload, scalar=scalar)
 
     @classmethod
     def coded_signs(cls, payload: Tensor, count: int, numel: int, magnitude: float) -> Packet:

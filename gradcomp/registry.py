@@ -13,6 +13,7 @@ object a class derived from the group's ABC in :mod:`gradcomp.interfaces`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -29,6 +30,7 @@ __all__ = [
     "available_transports",
     "compressor",
     "exchange",
+    "format_spec",
     "parse_spec",
     "transport",
 ]
@@ -60,11 +62,25 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
     return name.strip(), options
 
 
+def format_spec(configured: Configured) -> str:
+    """The spec string that builds an equal object: what :func:`parse_spec` reads; defaults are left out.
+
+    >>> format_spec(compressor({"id": "topk", "ratio": 0.01}))
+    'topk:ratio=0.01'
+    """
+    config = configured.config()
+    usual = {field.name: field.default for field in dataclasses.fields(configured)}  # type: ignore[arg-type]
+    options = [f"{key}={json.dumps(value)}" for key, value in config.items() if key != "id" and value != usual.get(key)]
+    return ":".join(filter(None, (configured.id, ",".join(options))))
+
+
 def _split_at_commas(text: str) -> list[str]:
     """Split at commas outside brackets and quotes, so that JSON lists and strings stay whole."""
-    items, start, depth, quoted = [], 0, 0, False
+    items, start, depth, quoted, escaped = [], 0, 0, False, False
     for i, char in enumerate(text):
-        if char == '"':
+        if escaped or (quoted and char == "\\"):  # a quote after a backslash belongs to the string
+            escaped = not escaped
+        elif char == '"':
             quoted = not quoted
         elif quoted:
             continue

@@ -8,15 +8,18 @@ import torch
 import xxhash
 from torch import Tensor
 
-from gradcomp.errors import PacketError, ReplicaMismatch
+from gradcomp import handshake
+from gradcomp.errors import ConfigError, GradcompError, PacketError, ReplicaMismatch
 from gradcomp.interfaces import Incoming, Slot, Transport
 
-__all__ = ["BROADCAST_CHUNK_BYTES", "broadcast", "check_equal"]
+__all__ = ["BROADCAST_CHUNK_BYTES", "average", "broadcast", "check_agreed", "check_equal"]
 
 BROADCAST_CHUNK_BYTES = 8 << 20
 # Bucket numbers no bucket has, so that these messages never meet a gradient's.
 DIGEST_BUCKET = 0xFFFF_FFFF
 BROADCAST_BUCKET = 0xFFFF_FFFE
+AVERAGE_BUCKET = 0xFFFF_FFFD
+AGREEMENT_BUCKET = 0xFFFF_FFFC
 
 
 def broadcast(transport: Transport, tensors: Sequence[Tensor]) -> None:
@@ -102,6 +105,33 @@ def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str]
                 parameter=name,
                 ranks=ranks,
             )
+
+
+def average(transport: Transport, turn: int, tensor: Tensor) -> Tensor:
+    """See :meth:`gradcomp.GradientExchange.average`; ``turn`` numbers the messages, as for :func:`check_equal`."""
+    mine = tensor.detach().to("cpu", torch.float32).contiguous()
+    if mine.numel() * 4 > BROADCAST_CHUNK_BYTES:
+        raise ConfigError(f"average: {mine.numel()} elements are too many; at most 8 MiB of float32")
+    everyone = transport.all_gather(Slot(turn, AVERAGE_BUCKET, 0), mine.numpy().tobytes())
+    rows = [torch.frombuffer(bytearray(row), dtype=torch.float32) if len(row) else mine for row in everyone]
+    return torch.stack([row.view(mine.shape) for row in rows]).mean(0)
+
+
+def check_agreed(transport: Transport, turn: int, hello: handshake.Hello, problem: GradcompError | None = None) -> None:
+    """Raise on every rank unless all said the same ``hello``.
+
+    Args:
+        turn: numbers the messages, as for :func:`check_equal`.
+        problem: raised here once the others have heard of it, through a hello that they do not agree with.
+
+    Raises:
+        HandshakeError: names the first field in which another rank differs from this one.
+    """
+    everyone = transport.all_gather(Slot(turn, AGREEMENT_BUCKET, 0), handshake.pack(hello))
+    if problem is not None:
+        raise problem
+    for peer, theirs in enumerate(everyone):
+        handshake.compare(hello, handshake.unpack(theirs), rank=transport.rank, peer=peer)
 
 
 def _digest(tensors: Sequence[Tensor]) -> bytes:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from gradcomp.bucket import Bucket, Message, Parameter, Piece
+from gradcomp.errors import GradientError
 from gradcomp.interfaces import Compressor, Incoming, Slot, State, Transport, Work
 from gradcomp.packet import Packet
 from gradcomp.states import StateStore
 from gradcomp.telemetry import StepRecord
 
-__all__ = ["BucketWork"]
+__all__ = ["BucketWork", "check_gradient"]
 
 
 class BucketWork(Work):
@@ -60,6 +61,7 @@ class BucketWork(Work):
         self._device = tensors[bucket.parameters[0]].device
         self._present = tuple(tensors[p].grad is not None for p in bucket.parameters)
         self._joined: dict[int, Tensor] = {}
+        self._waited: list[str] = []
         self._outs: dict[int, Tensor] = {}
         self._unencoded = {i: unit.numel for i, unit in enumerate(bucket.units)}
         self._undelivered = dict(self._unencoded)
@@ -116,6 +118,7 @@ class BucketWork(Work):
             if commit:
                 for codec, grad, packet, state in self._uncommitted:
                     codec.commit(grad, packet, state)
+                self._store.drop_waiting(self._waited)
             self._uncommitted.clear()
         with self._record.timed("decompress_s"):
             for piece, packets, present in self._held:
@@ -182,9 +185,10 @@ class BucketWork(Work):
             self._put_back(piece.unit, out, present)
 
     def _gradient(self, index: int) -> Tensor | None:
-        """A unit's gradient, contiguous and unit-shaped; None if no parameter of it has one."""
+        """A unit's gradient and what waits to go with it, contiguous and unit-shaped; None if it has no gradient."""
         unit = self._bucket.units[index]
-        if len(unit.parameters) == 1:
+        waiting = [self._store.waiting(self._table[p].name) for p in unit.parameters]
+        if len(unit.parameters) == 1 and waiting[0] is None:
             grad = self._tensors[unit.parameters[0]].grad
             return None if grad is None else grad.detach().contiguous()
         if index not in self._joined:
@@ -193,11 +197,14 @@ class BucketWork(Work):
                 return None
             flat = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
             sizes = [self._table[p].numel for p in unit.parameters]
-            for part, grad in zip(torch.split(flat, sizes), grads, strict=True):
+            for p, part, grad, held in zip(unit.parameters, torch.split(flat, sizes), grads, waiting, strict=True):
                 if grad is None:
                     part.zero_()
-                else:
-                    part.copy_(grad.detach().reshape(-1))
+                    continue
+                part.copy_(grad.detach().reshape(-1))
+                if held is not None:
+                    part += held.to(self._device)
+                    self._waited.append(self._table[p].name)
             self._joined[index] = flat
         return self._joined[index].view(unit.shape)
 
@@ -234,3 +241,16 @@ class BucketWork(Work):
 def _on_any_rank(messages: Sequence[Message]) -> tuple[bool, ...]:
     """For each of the bucket's parameters, whether any sender had a gradient."""
     return tuple(any(flags) for flags in zip(*(message.present for message in messages), strict=True))
+
+
+def check_gradient(name: str, grad: Tensor | None) -> None:
+    """Raise GradientError for a gradient that cannot be exchanged: sparse, or of a strange type."""
+    if grad is None:
+        return
+    if grad.layout != torch.strided:
+        raise GradientError(
+            f"parameter {name!r} has a {grad.layout} gradient; only dense (strided) gradients can "
+            "be exchanged: use sparse=False in the embedding"
+        )
+    if grad.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise GradientError(f"parameter {name!r} has a {grad.dtype} gradient")

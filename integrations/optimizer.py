@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from gradcomp import registry
 from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
-from gradcomp.interfaces import Compressor, Exchange, Transport
+from gradcomp.interfaces import Exchange, Transport
 from gradcomp.registry import Spec
+from gradcomp.rules import Choice, choose
 
 __all__ = ["attach"]
 
@@ -19,7 +20,7 @@ __all__ = ["attach"]
 def attach(
     optimizer: Optimizer,
     *,
-    compressor: Spec | Compressor = "threshold",
+    compressor: Spec | Choice = "threshold",
     transport: Spec | Transport = "zmq",
     exchange: Spec | Exchange = "auto",
     model: nn.Module | None = None,
@@ -35,7 +36,8 @@ def attach(
 
     Args:
         optimizer: any ``torch.optim`` optimizer with dense float32, float16 or bfloat16 parameters.
-        compressor: a spec string, config dict or Compressor; ``gradcomp.available_compressors()`` lists them.
+        compressor: a spec string, config dict or Compressor; ``gradcomp.available_compressors()`` lists them. Or
+            :class:`gradcomp.Rules` for each parameter's, their config, or ``"@FILE"``, a JSON file that holds it.
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
         exchange: likewise.
         model: gives parameters their names in messages and checkpoints, and buffers to start from rank 0's. Without it
@@ -48,7 +50,7 @@ def attach(
             earlier, larger ones cost fewer messages.
         digest_every: every so many steps all replicas are compared bit for bit; 0 never.
         dense: ``dense(name, parameter)`` is true for parameters that go uncompressed; default
-            ``gradcomp.DenseRule()``: fewer than 2 dimensions or than 1024 elements.
+            ``gradcomp.DenseRule()``: fewer than 2 dimensions or than 1024 elements. Not asked about what a rule names.
 
     Returns:
         The :class:`gradcomp.GradientExchange`: ``no_sync()``, ``stats()``, ``state_dict()``, ``detach()``, ``close()``.
@@ -61,7 +63,7 @@ def attach(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     sync = GradientExchange(
         _named(optimizer, model, parameters),
-        compressor=registry.compressor(compressor),
+        compressor=choose(compressor),
         transport=registry.transport(transport),
         exchange=registry.exchange(exchange),
         buffers=_others(model, parameters),

@@ -24,6 +24,7 @@ from gradcomp.integrations import tasks
 from gradcomp.integrations.launch import follow_parent, record_failure
 from gradcomp.integrations.report import Reporter, Summary, open_log
 from gradcomp.options import check_choice, check_flag, check_integer, check_text
+from gradcomp.rules import choose
 
 if TYPE_CHECKING:
     from gradcomp.engine import GradientExchange
@@ -52,7 +53,7 @@ class RunOptions:
     Attributes:
         task: a Python file or a module with a function ``task`` (see :mod:`gradcomp.integrations.tasks`).
         settings: ``key=value`` texts for that function.
-        compressor, transport, exchange: spec strings.
+        compressor, transport, exchange: spec strings; compressor may be ``@FILE``, rules in JSON (gradcomp.rules).
         epochs, batch_size: in place of the task's own; batch_size counts one worker's samples a step.
         seed: of the initial weights, the order of the samples, and (with the rank) of dropout and augmentation.
         device: ``cpu``, ``cuda`` (one GPU a worker, by local rank) or ``auto`` (cuda where there is one).
@@ -95,7 +96,7 @@ class RunOptions:
         Raises:
             ConfigError: what is wrong.
         """
-        gradcomp.compressor(self.compressor)
+        choose(self.compressor)
         gradcomp.transport(self.transport)
         gradcomp.exchange(self.exchange)
         tasks.load(self.task).parse(self.settings)
