@@ -92,7 +92,16 @@ def test_rice_is_within_3_percent_of_the_entropy(numel: int, density: float) -> 
 
 
 def test_rice_reaches_its_bound() -> None:
-    for count, numel in [(1, 1), (1, 40), (3, 40_000), (7, 1 << 20), (100, 5000), (999, 1000), (1000, 1000), (5, 1 << 40)]:
+    for count, numel in [
+        (1, 1),
+        (1, 40),
+        (3, 40_000),
+        (7, 1 << 20),
+        (100, 5000),
+        (999, 1000),
+        (1000, 1000),
+        (5, 1 << 40),
+    ]:
         last = torch.arange(numel - count, numel)
         for signed in (True, False):
             coded = check_round_trip(last, last % 2 == 0, numel, Coding.RICE, signed)
