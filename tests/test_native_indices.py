@@ -1,4 +1,4 @@
-"""The native index sets are the reference's, byte for byte, and refuse what it refuses, whatever the processor can do."""
+"""The native index sets are the reference's, byte for byte, and refuse what it refuses, whatever the processor has."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check(index: Tensor, negative: Tensor, numel: int, coding: Coding) -> None:
                 if signed:
                     assert native.module.add_signs(out, coded, count, coding, 0.3, level, threads) is None
                 else:
-                    assert native.module.add_values(out, coded, count, coding, values, 0.3, level) is None
+                    assert native.module.add_values(out, coded, count, coding, values, 0.3, level, threads) is None
                 assert same_bits(out, added)
 
 
@@ -256,7 +256,7 @@ def test_misuse() -> None:
         lambda: native.module.decode_indices(coded, 2, 10, 0, True),
         lambda: native.module.add_values(out, coded, 2, 3, torch.ones(3), 1.0),
     ):
-        with pytest.raises(ValueError, match="must|cannot|beyond|level"):
+        with pytest.raises(ValueError, match=r"must|cannot|beyond|level"):
             call()
     for call in (
         lambda: native.module.add_signs(out.double(), coded, 2, 3, 1.0),
