@@ -227,7 +227,7 @@ def test_refused(coding: Coding, signed: bool, count: int, numel: int, coded: Te
 @pytest.mark.parametrize("index", [[3, 3], [4, 3], [-1, 3], [3, 10], [*range(11)]])
 def test_only_sets_can_be_written(index: list[int], coding: Coding) -> None:
     for module in (indices, reference):
-        with pytest.raises(ValueError, match="inde|elements"):
+        with pytest.raises(ValueError, match=r"inde|elements"):
             module.encode(*tensors(index), 10, coding)
 
 

@@ -83,7 +83,7 @@ def test_golden_has_every_kind_and_coding() -> None:
 F = struct.Struct("<f").pack
 FINE = {
     "signs": bytes_of(100_000, Kind.SIGNS, struct.pack("<I", 99_999), coding=1, count=1, scalar=0.5),
-    "values": bytes_of(100_000, Kind.VALUES, F(2.0) + struct.pack("<I", 7), coding=1, count=1),
+    "values": bytes_of(100_000, Kind.VALUES, F(2.0) + b"\x07\x00\x02", coding=4, count=1),
     "bits": bytes_of(9, Kind.BITS, F(-1.0) + F(2.0) + F(-3.0) + F(4.0) + b"\x81\x01", block=8),
     "plug-in": bytes_of(5, 200, b"anything", count=3, block=9, coding=3, scalar=-1.5),
 }
@@ -104,7 +104,7 @@ MALFORMED = {
     "kind 0": (bytes_of(5, 0), "kind 0"),
     "kind 8": (bytes_of(5, 8), "kind 8"),
     "kind 127": (bytes_of(5, 127), "kind 127"),
-    "coding 4": (bytes_of(5, 200, coding=4), "coding 4"),
+    "coding 5": (bytes_of(5, 200, coding=5), "coding 5"),
     "reserved": (bytes_of(5, Kind.DENSE_F32, bytes(20), zeros=b"\0\1\0"), "reserved"),
     "numel": (bytes_of(6, Kind.DENSE_F32, bytes(24)), "6 elements"),
     "huge numel": (bytes_of((1 << 64) - 1, Kind.DENSE_F32, bytes(20)), "elements"),
@@ -123,11 +123,12 @@ MALFORMED = {
     "signs negative zero": (bytes_of(5, Kind.SIGNS, coding=1, scalar=-0.0), "magnitude"),
     "signs infinite": (bytes_of(5, Kind.SIGNS, coding=1, scalar=math.inf), "magnitude"),
     "signs NaN": (bytes_of(5, Kind.SIGNS, coding=1, scalar=math.nan), "magnitude"),
-    "signs set": (bytes_of(5, Kind.SIGNS, b"\x0d\0", coding=3, count=2, scalar=1.0), "code 11"),
+    "signs set": (bytes_of(5, Kind.SIGNS, b"\x0d\0", coding=3, count=2, scalar=1.0), "does not name"),
+    "signs sign": (bytes_of(5, Kind.SIGNS, b"\x0c\x04", coding=3, count=2, scalar=1.0), "beyond the last"),
     "values too short": (bytes_of(5, Kind.VALUES, bytes(3), coding=3, count=1), "too short"),
     "values scalar": (bytes_of(5, Kind.VALUES, F(1.0) + b"\x01", coding=3, count=1, scalar=1.0), "scalar"),
     "values infinite": (bytes_of(5, Kind.VALUES, F(math.inf) + b"\x01", coding=3, count=1), "not finite"),
-    "values set": (bytes_of(5, Kind.VALUES, F(1.0) + b"\x20", coding=3, count=1), "beyond 5"),
+    "values set": (bytes_of(5, Kind.VALUES, F(1.0) + b"\x20", coding=3, count=1), "beyond the last"),
     "bits block 0": (bytes_of(5, Kind.BITS, bytes(9)), "block"),
     "bits block 12": (bytes_of(5, Kind.BITS, bytes(9), block=12), "block"),
     "bits huge block": (bytes_of(5, Kind.BITS, bytes(9), block=(1 << 32) - 8), "block"),
@@ -263,7 +264,7 @@ def test_100_000_bad_packets() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     kind=st.integers(1, 7),
-    coding=st.integers(0, 3),
+    coding=st.integers(0, 4),
     count=st.integers(0, 12),
     numel=st.integers(0, 12),
     block=st.sampled_from([0, 8, 16]),

@@ -31,7 +31,7 @@ from gradcomp.compressors import flat_gradient
 from gradcomp.compressors.topk import TopK
 from gradcomp.errors import ConfigError
 from gradcomp.interfaces import Compressor, State
-from gradcomp.kernels.reference_chunks import chunks, new_buffer
+from gradcomp.kernels.reference_chunks import chunks
 from gradcomp.options import check_flag, check_integer, check_number
 from gradcomp.packet import Packet
 
@@ -40,10 +40,8 @@ __all__ = ["DeepGradientCompression"]
 _DEFAULT_RATIO = 1e-3
 _WARM_UP_START = 0.25
 _FAR_MORE = 1.25  # times k: if more pass, the k largest of them are looked for
-_SAMPLE = 1 << 16
 _LARGEST = torch.finfo(torch.float32).max
 _VALUES = TopK(k=1)  # reads VALUES packets of any size
-_Found = tuple[Tensor, Tensor] | float  # indices and values, or what was found that is not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,20 +106,28 @@ class DeepGradientCompression(Compressor):
         return state
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
+        return self._encode(grad, state, update=False)
+
+    def encode_in_place(self, grad: Tensor, state: State) -> Packet:
+        if self.momentum:
+            return super().encode_in_place(grad, state)
+        packet = self._encode(grad, state, update=True)
+        if self.warmup_steps and not packet.is_nonfinite:
+            state["step"] += 1
+        return packet
+
+    def _encode(self, grad: Tensor, state: State | None, *, update: bool) -> Packet:
         flat = self._clipped(flat_gradient(grad))
-        count = self._count(flat.numel(), int(state["step"]) if state is not None and self.warmup_steps else 0)
-        if state is None or not self.momentum:
-            found = _select(flat, None if state is None else state["residual"], count)
-        else:
-            found = self._select_corrected(flat, state["residual"], state["momentum"], count)
+        numel = flat.numel()
+        count = max(1, self._count(numel, int(state["step"]) if state is not None and self.warmup_steps else 0))
+        held = None if state is None else state["residual"]
+        if state is not None and self.momentum:
+            flat = self._advance(state["momentum"], flat, torch.empty_like(state["momentum"]))
+        tau = _threshold(flat, held, count, numel)
+        found = kernels.encode_above(flat, held, tau, int(_FAR_MORE * count), count, update=update)
         if isinstance(found, float):
-            return Packet.nonfinite(found, flat.numel(), flat.device)
-        index, values = found
-        if len(index) > int(_FAR_MORE * count):
-            largest = kernels.select_largest(values, None, count)
-            if not isinstance(largest, float):  # it is not: what is not finite was found before
-                index, values = index[largest[0]], largest[1]
-        return Packet.values(index, values, flat.numel())
+            return Packet.nonfinite(found, numel, flat.device)
+        return Packet.coded_values(*found, numel)
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         _VALUES.decode_add(packet, out, scale)
@@ -168,26 +174,6 @@ class DeepGradientCompression(Compressor):
     def _advance(self, velocity: Tensor, grad: Tensor, out: Tensor) -> Tensor:
         return residual.advance_momentum(velocity, grad, self.momentum, nesterov=self.nesterov, out=out)
 
-    def _select_corrected(self, flat: Tensor, held: Tensor, velocity: Tensor, count: int) -> _Found:
-        """As :func:`_select` of residual + corrected gradient, which is formed a chunk at a time."""
-        numel = flat.numel()
-        stride = -(-numel // max(_SAMPLE, 8 * numel // max(count, 1))) | 1
-        sample = velocity[::stride]
-        step = self._advance(sample, flat[::stride], torch.empty_like(sample))
-        tau = _threshold(step, held[::stride], count, numel)
-        buffer = new_buffer(flat)
-        index, values = [flat.new_empty(0, dtype=torch.int64)], [buffer[:0]]
-        nonfinite = 0.0
-        for part in chunks(numel, flat.device):
-            step = self._advance(velocity[part], flat[part], buffer[: part.stop - part.start])
-            found = kernels.select_threshold(step, held[part], tau)
-            if isinstance(found, float):
-                nonfinite += found
-                continue
-            index.append(found[0] + part.start)
-            values.append(step[found[0]] + held[part][found[0]])
-        return nonfinite or (torch.cat(index), torch.cat(values))
-
 
 def _threshold(flat: Tensor, held: Tensor | None, count: int, numel: int) -> float:
     """What ``count`` of ``numel`` elements should pass, going by a sample."""
@@ -195,13 +181,3 @@ def _threshold(flat: Tensor, held: Tensor | None, count: int, numel: int) -> flo
     if not len(largest) or not bool(largest[0].isfinite()):
         return _LARGEST  # only what is not finite is going to be looked for
     return float(torch.nextafter(largest[-1], torch.zeros_like(largest[-1])))
-
-
-def _select(flat: Tensor, held: Tensor | None, count: int) -> _Found:
-    """Indices and values of what passes the threshold, or a float if something is not finite."""
-    found = kernels.select_threshold(flat, held, _threshold(flat, held, count, flat.numel()))
-    if isinstance(found, float):
-        return found
-    index = found[0]
-    values = flat[index].to(torch.float32)
-    return index, values if held is None else values + held[index]

@@ -36,5 +36,12 @@ def add_signs(
     out: Tensor, payload: Tensor, count: int, coding: int, magnitude: float, level: str = ..., threads: int = ...
 ) -> str | None: ...
 def add_values(
-    out: Tensor, payload: Tensor, count: int, coding: int, values: Tensor, scale: float, level: str = ...
+    out: Tensor,
+    payload: Tensor,
+    count: int,
+    coding: int,
+    values: Tensor,
+    scale: float,
+    level: str = ...,
+    threads: int = ...,
 ) -> str | None: ...

@@ -49,7 +49,8 @@ def add_signs(
 ) -> None:
     """:func:`gradcomp.kernels.reference.add_signs`; the native kernel reads the payload, and no index set."""
     if native.takes(out):
-        _refuse(native.module.add_signs(out, payload, count, coding, magnitude, threads=native.thread_count(threads)))
+        most = native.thread_count(threads)
+        _refuse(native.module.add_signs(out, payload, count, coding, magnitude, threads=most))
     else:
         reference.add_signs(out, payload, count, coding, magnitude, index_set)
 
@@ -62,10 +63,12 @@ def add_values(
     values: Tensor,
     scale: float,
     index_set: tuple[Tensor, Tensor] | None = None,
+    threads: int | None = None,
 ) -> None:
     """:func:`gradcomp.kernels.reference.add_values`; the native kernel reads the payload, and no index set."""
     if native.takes(out):
-        _refuse(native.module.add_values(out, payload, count, coding, values, scale))
+        most = native.thread_count(threads)
+        _refuse(native.module.add_values(out, payload, count, coding, values, scale, threads=most))
     else:
         reference.add_values(out, payload, count, coding, values, scale, index_set)
 

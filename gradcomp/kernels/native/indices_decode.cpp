@@ -141,15 +141,23 @@ nb::object add_signs(const MutableFloats &out, const Bytes &payload, std::uint64
 }
 
 nb::object add_values(const MutableFloats &out, const Bytes &payload, std::uint64_t count, int coding,
-                      const Floats &values, float scale, const std::string &level_name) {
+                      const Floats &values, float scale, const std::string &level_name, int threads) {
     const Set set = set_of(payload, count, out.shape(0), coding, false);
     const Level level = level_named(level_name);
     if (values.shape(0) != count) throw std::invalid_argument("values must be as many as count says");
     const char *fault;
     {
         nb::gil_scoped_release released;
-        fault = find_fault(set, level);
-        if (fault == nullptr) GRADCOMP_AT(level, add_values_of)(set, out.data(), values.data(), scale);
+        const auto starts = split(set.numel, 64, threads);
+        std::vector<std::uint64_t> before;
+        fault = find_fault(set, level, starts, before);
+        if (fault == nullptr && set.coding == Coding::map) {
+            parallel(starts, [&](std::size_t part, std::size_t start, std::size_t stop) {
+                GRADCOMP_AT(level, add_value_map_of)(set, out.data(), values.data(), scale, start, stop, before[part]);
+            });
+        } else if (fault == nullptr) {
+            GRADCOMP_AT(level, add_values_of)(set, out.data(), values.data(), scale);
+        }
     }
     return as_error(fault);
 }
@@ -164,7 +172,7 @@ void bind_indices_decode(nb::module_ &module) {
     module.def("add_signs", &add_signs, "out"_a.noconvert(), "payload"_a.noconvert(), "count"_a, "coding"_a,
                "magnitude"_a, "level"_a = module.attr("LEVEL"), "threads"_a = 1);
     module.def("add_values", &add_values, "out"_a.noconvert(), "payload"_a.noconvert(), "count"_a, "coding"_a,
-               "values"_a.noconvert(), "scale"_a, "level"_a = module.attr("LEVEL"));
+               "values"_a.noconvert(), "scale"_a, "level"_a = module.attr("LEVEL"), "threads"_a = 1);
 }
 
 }  // namespace gradcomp

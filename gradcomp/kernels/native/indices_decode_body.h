@@ -274,24 +274,26 @@ template <typename Reader, typename Sink> GRADCOMP_INLINE void run(Reader reader
     }
 }
 
-template <typename Sink> GRADCOMP_INLINE void run_any(const Set &set, Sink sink) {
-    if (set.count == 0) return;
+template <typename Sink> GRADCOMP_INLINE void run_list(const Set &set, Sink sink) {
     if (set.coding == Coding::words) return run(WordsReader{set}, sink);
     if (set.coding == Coding::gaps) return run(GapsReader{set}, sink);
-    if (set.coding == Coding::rice) return run(RiceReader{set}, sink);
-    run(MapReader{set}, sink);
+    if (set.count != 0) run(RiceReader{set}, sink);
 }
 
 GRADCOMP_ENTRY void decode_set(const Set &set, std::int64_t *index, bool *negative) {
-    run_any(set, ListSink{index, negative});
+    const ListSink sink{index, negative};
+    if (set.coding == Coding::map) return run(MapReader{set}, sink);
+    run_list(set, sink);
 }
 
+// For all codings but MAP, of which there is more below.
+
 GRADCOMP_ENTRY void add_signs_of(const Set &set, float *out, float magnitude) {
-    run_any(set, SignsSink{out, bits_of(magnitude)});
+    run_list(set, SignsSink{out, bits_of(magnitude)});
 }
 
 GRADCOMP_ENTRY void add_values_of(const Set &set, float *out, const float *values, float scale) {
-    run_any(set, ValuesSink{out, values, scale});
+    run_list(set, ValuesSink{out, values, scale});
 }
 
 // The bits of `value`, from the lowest on, where `mask` has ones.
@@ -326,6 +328,39 @@ GRADCOMP_INLINE void add_word(float *out, std::uint64_t mask, std::uint64_t minu
         out[k] += float_of((magnitude & keep) ^ static_cast<std::uint32_t>(minus >> k & 1) << 31);
     }
 #endif
+}
+
+// Adds to the `count` elements at out, 64 at most, those of `values` that `mask` names, times scale; returns where the next
+// ones are.
+GRADCOMP_INLINE const float *add_values_word(float *out, std::size_t count, std::uint64_t mask, const float *values,
+                                             const float *end, float scale) {
+    std::size_t k = 0;
+#if GRADCOMP_LEVEL >= 2 && defined(__x86_64__)
+    for (; k + 8 <= count && end - values >= 8; k += 8) {
+        const std::uint64_t named = mask >> k & 0xff;
+        const std::uint64_t lanes = _pdep_u64(named, 0x0101010101010101u) * 0xff;
+        const __m128i order = _mm_cvtsi64_si128(static_cast<long long>(_pdep_u64(0x0706050403020100u, lanes)));
+        const __m256 keep = _mm256_castsi256_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<long long>(lanes))));
+        const __m256 apart = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), _mm256_cvtepu8_epi32(order));
+        const __m256 product = _mm256_mul_ps(apart, _mm256_set1_ps(scale));
+        const __m256 term = _mm256_blendv_ps(_mm256_set1_ps(-0.0f), product, keep);
+        _mm256_storeu_ps(out + k, _mm256_add_ps(_mm256_loadu_ps(out + k), term));
+        values += __builtin_popcountll(named);
+    }
+    if (k == 64) return values;
+#endif
+    for (mask = mask >> k << k; mask != 0; mask &= mask - 1) out[__builtin_ctzll(mask)] += *values++ * scale;
+    return values;
+}
+
+// Elements start..stop-1 of a MAP, of which `before` elements are named before start, a multiple of 64.
+GRADCOMP_ENTRY void add_value_map_of(const Set &set, float *out, const float *values, float scale, std::size_t start,
+                                     std::size_t stop, std::uint64_t before) {
+    const float *next = values + before;
+    for (std::size_t i = start; i < stop; i += 64) {
+        const std::uint64_t mask = load_word(set.bytes, bytes_for(set.numel), i / 8);
+        next = add_values_word(out + i, stop - i < 64 ? stop - i : 64, mask, next, values + set.count, scale);
+    }
 }
 
 // Elements start..stop-1 of a signed MAP, of which `signs` elements are named before start, a multiple of 64.

@@ -125,26 +125,34 @@ GRADCOMP_INLINE std::size_t list_ones(std::uint64_t ones, std::uint64_t signs, s
     return found;
 }
 
+template <typename Sink> GRADCOMP_INLINE void put_marks(Sink &sink, const std::uint64_t *marks, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) put(sink, marks[i] >> 1, marks[i] & 1);
+}
+
 template <typename Sink>
 GRADCOMP_INLINE std::uint8_t *put_planes(Sink sink, const std::uint64_t *mask, const std::uint64_t *negative,
                                          std::uint64_t numel) {
-    constexpr std::size_t kEnough = 512;
-    std::uint64_t marks[kEnough + 4 * 64 + 2];
+    constexpr std::size_t kWords = 256, kEnough = 512;
+    std::uint64_t occupied[kWords];
+    std::uint64_t marks[kEnough + 64 + 2];
     std::size_t found = 0;
     const std::uint64_t words = numel / 64 + (numel % 64 != 0);
-    for (std::uint64_t k = 0; k < words; k += 4) {
-        const std::uint64_t stop = words - k < 4 ? words : k + 4;
-        std::uint64_t any = 0;
-        for (std::uint64_t i = k; i < stop; ++i) any |= mask[i];
-        if (any != 0) {
-            for (std::uint64_t i = k; i < stop; ++i) {
-                found += list_ones(mask[i], negative ? negative[i] : 0, i * 64, marks + found);
-            }
+    for (std::uint64_t first = 0; first < words; first += kWords) {
+        const std::uint64_t stop = words - first < kWords ? words : first + kWords;
+        std::size_t some = 0;
+        for (std::uint64_t k = first; k < stop; ++k) {  // no branch: which word holds something is not to be predicted
+            occupied[some] = k;
+            some += mask[k] != 0;
         }
-        if (found < kEnough && stop < words) continue;
-        for (std::size_t i = 0; i < found; ++i) put(sink, marks[i] >> 1, marks[i] & 1);
-        found = 0;
+        for (std::size_t i = 0; i < some; ++i) {
+            const std::uint64_t k = occupied[i];
+            found += list_ones(mask[k], negative ? negative[k] : 0, k * 64, marks + found);
+            if (found < kEnough) continue;
+            put_marks(sink, marks, found);
+            found = 0;
+        }
     }
+    put_marks(sink, marks, found);
     return finish(sink);
 }
 
