@@ -36,11 +36,19 @@ def join(members: Sequence[Rounds[Any]]) -> Rounds[list[Any]]:
     while True:
         parts: dict[int, Tensor] = {}
         for i, total in sums.items():
-            try:
-                parts[i] = next(members[i]) if total is None else members[i].send(total)
-            except StopIteration as end:
-                results[i] = end.value
+            part = _step(members[i], total, results, i)
+            if part is not None:
+                parts[i] = part
         if not parts:
             return results
         joined = yield torch.cat(list(parts.values()))
         sums = dict(zip(parts, torch.split(joined, [part.numel() for part in parts.values()]), strict=True))
+
+
+def _step(member: Rounds[Any], total: Tensor | None, results: list[Any], i: int) -> Tensor | None:
+    """What it adds next; None if it is done, and ``results[i]`` is what it returned."""
+    try:
+        return next(member) if total is None else member.send(total)
+    except StopIteration as end:
+        results[i] = end.value
+        return None

@@ -42,8 +42,8 @@ class AllReduce(Exchange):
         for unit in units:
             if not isinstance(unit.codec, LinearCompressor):
                 raise ConfigError(
-                    f"exchange all_reduce adds packets up on their way, and those of compressor {unit.codec.id!r} cannot "
-                    "be: it is not linear; use all_gather, two_shot or auto"
+                    f"exchange all_reduce adds up what is sent, and compressor {unit.codec.id!r} is not linear: "
+                    "use all_gather, two_shot or auto"
                 )
         return [Piece(i, 0, unit.numel, unit.shape, unit.codec) for i, unit in enumerate(units)]
 

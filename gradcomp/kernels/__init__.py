@@ -11,18 +11,27 @@ from gradcomp.kernels.reference import (
     add_scaled,
     add_sign_map,
     encode_bits,
+    largest_coefficients,
+    norms,
+    orthonormal,
     pack_bits,
     sample_largest,
     scatter_signs,
     unpack_bits,
 )
 from gradcomp.kernels.select import select_largest, select_threshold
+from gradcomp.kernels.transform import add_factors, add_spectrum
 
 __all__ = [
     "add_bits",
+    "add_factors",
     "add_scaled",
     "add_sign_map",
+    "add_spectrum",
     "encode_bits",
+    "largest_coefficients",
+    "norms",
+    "orthonormal",
     "pack_bits",
     "sample_largest",
     "scatter_signs",

@@ -8,14 +8,21 @@ or both infinities, else the infinity.
 """
 
 from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, unpack_bits
+from gradcomp.kernels.reference_dct import add_spectrum, largest_coefficients
 from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
+from gradcomp.kernels.reference_factors import add_factors, norms, orthonormal
 from gradcomp.kernels.reference_select import sample_largest, scatter_signs, select_largest, select_threshold
 
 __all__ = [
     "add_bits",
+    "add_factors",
     "add_scaled",
     "add_sign_map",
+    "add_spectrum",
     "encode_bits",
+    "largest_coefficients",
+    "norms",
+    "orthonormal",
     "pack_bits",
     "sample_largest",
     "scatter_signs",
