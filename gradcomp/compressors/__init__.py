@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gradcomp import kernels
 from gradcomp.errors import GradientError
+from gradcomp.packet import Kind, Packet
 
-__all__ = ["flat_gradient", "float_accumulated", "is_finite"]
+__all__ = ["add_dense", "flat_gradient", "float_accumulated", "is_finite"]
 
 
 def flat_gradient(grad: Tensor) -> Tensor:
@@ -31,3 +32,11 @@ def is_finite(flat: Tensor, residual: Tensor | None) -> bool:
     """Whether acc is finite everywhere."""
     # Nothing finite passes the largest number there is: one reading of both, and nothing written.
     return not isinstance(kernels.select_threshold(flat, residual, torch.finfo(torch.float32).max), float)
+
+
+def add_dense(packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:
+    """Decode DENSE_F32, as those send it that have nothing smaller to say: ``out = (out + addend) + scale * decoded``."""
+    packet.require(Kind.DENSE_F32)
+    if addend is not None:
+        out += addend
+    kernels.add_scaled(out, packet.payload.view(torch.float32), scale)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors import flat_gradient, float_accumulated, is_finite
+from gradcomp.compressors import add_dense, flat_gradient, float_accumulated, is_finite
 from gradcomp.errors import PacketError
 from gradcomp.interfaces import Compressor, State
 from gradcomp.kernels.reference_chunks import nonfinite_value
@@ -82,10 +82,15 @@ class DCT(Compressor):
         payload = torch.cat([part.view(-1).view(torch.uint8) for part in (head, values, halves)])
         return Packet(kind=Kind.SPECTRUM, numel=numel, payload=payload, count=index.numel())
 
+    def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
+        self._add(packet, state["residual"], -1.0, flat_gradient(grad))
+
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
+        self._add(packet, out, scale)
+
+    def _add(self, packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:
         if packet.kind == Kind.DENSE_F32:
-            packet.require(Kind.DENSE_F32)
-            kernels.add_scaled(out, packet.payload.view(torch.float32), scale)
+            add_dense(packet, out, scale, addend)
             return
         packet.require(Kind.SPECTRUM)
         columns = int(packet.payload[:8].view(torch.int64))
@@ -98,7 +103,7 @@ class DCT(Compressor):
         split = _HEAD_NBYTES + 4 * packet.count
         values = packet.payload[_HEAD_NBYTES:split].view(torch.float32).view(-1, kept)
         index = packet.payload[split:].view(torch.int16).view(-1, kept)
-        kernels.add_spectrum(out, values, index, Tiling.of(packet.numel // columns, columns, chunk), scale)
+        kernels.add_spectrum(out, values, index, Tiling.of(packet.numel // columns, columns, chunk), scale, addend)
 
     def max_nbytes(self, numel: int) -> int:
         return HEADER_NBYTES + 4 * numel

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels, randomness
-from gradcomp.compressors import flat_gradient, float_accumulated, is_finite
+from gradcomp.compressors import add_dense, flat_gradient, float_accumulated, is_finite
 from gradcomp.errors import PacketError
 from gradcomp.interfaces import LinearCompressor, State
 from gradcomp.kernels.reference_chunks import nonfinite_value
@@ -116,7 +116,7 @@ class PowerSGD(LinearCompressor):
         self.commit_sum(grad, packet, packet, state)
 
     def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
-        super().commit(grad, own, state)
+        self._add(own, state["residual"], -1.0, flat_gradient(grad))
         if total.kind == Kind.FACTORS:
             randomness.advance(state)
             _, q = _read(total)
@@ -126,15 +126,17 @@ class PowerSGD(LinearCompressor):
             state["q"] = torch.where(length > 0, unit, fresh)
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
+        self._add(packet, out, scale)
+
+    def _add(self, packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:
         if packet.kind == Kind.DENSE_F32:
-            packet.require(Kind.DENSE_F32)
-            kernels.add_scaled(out, packet.payload.view(torch.float32), scale)
+            add_dense(packet, out, scale, addend)
             return
         packet.require(Kind.FACTORS)
         left, right = _read(packet)
         if len(left) > self.rank:
             raise PacketError(f"packet has factors of rank {len(left)}; this compressor's have at most {self.rank}")
-        kernels.add_factors(out, left, right, scale)
+        kernels.add_factors(out, left, right, scale, addend)
 
     def max_nbytes(self, numel: int) -> int:
         return HEADER_NBYTES + 4 * numel

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -126,8 +127,13 @@ class RandomK(LinearCompressor):
         return min(max(least, wanted), numel)
 
 
+# The packets of all ranks name the same choice, and each decodes it.
+@lru_cache(maxsize=4)
 def _choose(key: int, step: int, numel: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices (int64, strictly increasing) of ``count`` of ``numel`` elements, and the lengths of their stretches."""
+    """Indices (int64, strictly increasing) of ``count`` of ``numel`` elements, and the lengths of their stretches.
+
+    Nobody may write to them.
+    """
     words = philox(key, step, 0, -(-count // 4), device).view(-1)[:count]
     # floor(j numel / count) without a product that could overflow.
     base, rest = divmod(numel, max(count, 1))

@@ -92,14 +92,19 @@ def largest_coefficients(grad: Tensor, residual: Tensor | None, tiling: Tiling, 
     return torch.cat(values), torch.cat(indices)
 
 
-def add_spectrum(out: Tensor, values: Tensor, index: Tensor, tiling: Tiling, scale: float) -> None:
+def add_spectrum(
+    out: Tensor, values: Tensor, index: Tensor, tiling: Tiling, scale: float, addend: Tensor | None = None
+) -> None:
     """``out += scale * decoded``: for each tile, in the order given, coefficient times row of basis times row of basis.
 
     Args:
         out: flat float32, rows * columns elements.
         values: float32 [tiles, kept].
-        index: int16, to be read as unsigned, [tiles, kept], below tile_numel.
+        index: int16, to be read as unsigned, [tiles, kept], below tile_numel; kept at least 1.
+        addend: flat, added to ``out`` first.
     """
+    if addend is not None:
+        out += addend
     down, across = basis(tiling.height).to(out.device), basis(tiling.width).to(out.device)
     matrix = out.view(tiling.rows, tiling.columns)
     for tiles, rows in _groups(tiling):
@@ -107,8 +112,8 @@ def add_spectrum(out: Tensor, values: Tensor, index: Tensor, tiling: Tiling, sca
         where = index[part].to(torch.int64) & 0xFFFF
         u, v = where // tiling.width, where % tiling.width
         left = values[part].unsqueeze(2) * down[u]
-        decoded = torch.zeros(len(where), tiling.height, tiling.width, dtype=torch.float32, device=out.device)
-        for i in range(where.shape[1]):
+        decoded = left[:, 0, :, None] * across[v[:, 0]][:, None, :]
+        for i in range(1, where.shape[1]):
             decoded += left[:, i, :, None] * across[v[:, i]][:, None, :]
         whole = decoded.view(-1, tiling.across, tiling.height, tiling.width).transpose(1, 2)
         whole = whole.reshape(-1, tiling.across * tiling.width)

@@ -55,14 +55,17 @@ def _sum(terms: Tensor) -> Tensor:
     return terms[..., 0]
 
 
-def add_factors(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def add_factors(out: Tensor, left: Tensor, right: Tensor, scale: float, addend: Tensor | None = None) -> None:
     """``out += scale * left.T @ right``, the products of one element added in the order of their rows.
 
     Args:
         out: flat float32, m * n elements.
-        left, right: float32 [r, m] and [r, n].
+        left, right: float32 [r, m] and [r, n], r at least 1.
+        addend: flat, added to ``out`` first.
     """
     columns = right.shape[1]
+    if addend is not None:
+        out += addend
     for part in chunks(out.numel(), out.device, columns):
         first, last = part.start // columns, part.stop // columns
         block = out[part].view(last - first, columns)

@@ -33,6 +33,7 @@ Level level_named(const std::string &name) {
 }
 
 void bind_select(nb::module_ &module);
+void bind_transform(nb::module_ &module);
 
 }  // namespace gradcomp
 
@@ -41,4 +42,5 @@ NB_MODULE(_native, module) {
     module.attr("LEVEL") = name_of(best_level());
     module.def("split", &split, "numel"_a, "align"_a, "threads"_a);
     bind_select(module);
+    bind_transform(module);
 }
