@@ -171,8 +171,8 @@ class LinearCompressor(Compressor):
             and all together are no longer than a packet's payload.
 
         Returns:
-            This rank's own packet, which is its part of the sum, and the packet of the sum; both ``Packet.nonfinite`` if
-            a sum is not finite. If ``stateless``, both may be the sum's: nobody asks for its own.
+            This rank's own packet, which is its part of the sum, and the packet of the sum; ``Packet.nonfinite`` if the
+            sum is not finite. If ``stateless``, both may be the sum's: nobody asks for its own.
         """
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:

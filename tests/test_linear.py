@@ -33,6 +33,14 @@ def finished(transport: Any, steps: Generator[Any, None, Tensor]) -> Tensor:
         transport.wait(awaited)
 
 
+def step(rounds: Rounds[Any], total: Tensor | None) -> tuple[Tensor | None, Any]:
+    """What is added next, or None; and what is returned, if it is over."""
+    try:
+        return (next(rounds) if total is None else rounds.send(total)), None
+    except StopIteration as end:
+        return None, end.value
+
+
 def saved(sync: Any) -> bytes:
     torch.save(sync.state_dict()["states"], file := io.BytesIO())
     return file.getvalue()
@@ -124,13 +132,13 @@ class TestRounds:
         assert isinstance(codec, LinearCompressor)
         grad = torch.randn(shape)
         rounds = codec.rounds(grad, codec.new_state(grad))
-        floats, part = 0, next(rounds)
-        with pytest.raises(StopIteration):
-            while True:
-                assert part.dtype == torch.float32
-                assert part.dim() == 1
-                floats += part.numel()
-                part = rounds.send(2 * part)
+        floats = 0
+        part, _ = step(rounds, None)
+        while part is not None:
+            assert part.dtype == torch.float32
+            assert part.dim() == 1
+            floats += part.numel()
+            part, _ = step(rounds, 2 * part)
         assert 4 * floats <= codec.max_nbytes(grad.numel()) - 32
 
 
@@ -228,16 +236,11 @@ def test_each_rank_keeps_what_it_did_not_send(spec: str) -> None:
     states = [codec.new_state(grad) for grad in grads]
     for _ in range(3):
         members = [codec.rounds(grad, state) for grad, state in zip(grads, states, strict=True)]
-        parts = [next(member) for member in members]
-        results: list[Any] = []
-        while not results:
-            total = torch.stack(parts).sum(0)
-            parts = []
-            for member in members:
-                try:
-                    parts.append(member.send(total))
-                except StopIteration as end:
-                    results.append(end.value)
+        steps = [step(member, None) for member in members]
+        while steps[0][0] is not None:
+            total = torch.stack([part for part, _ in steps if part is not None]).sum(0)
+            steps = [step(member, total) for member in members]
+        results = [result for _, result in steps]
         applied = codec.decompress(results[0][1])
         torch.testing.assert_close(applied, sum(codec.decompress(own) for own, _ in results), atol=1e-4, rtol=1e-4)
         for grad, state, (own, whole) in zip(grads, states, results, strict=True):
@@ -251,11 +254,10 @@ def test_each_rank_keeps_what_it_did_not_send(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", ["randomk:ratio=0.1", "randomk:ratio=0.1,unbiased=true", "powersgd"])
-@pytest.mark.parametrize(
-    ("where", "value"), [("0.weight", float("nan")), ("4.weight", float("inf")), ("6.bias", float("-inf"))]
-)
-def test_nonfinite_on_one_rank(spec: str, where: str, value: float) -> None:
+@pytest.mark.parametrize(("where", "what"), [("0.weight", "nan"), ("4.weight", "inf"), ("6.bias", "-inf")])
+def test_nonfinite_on_one_rank(spec: str, where: str, what: str) -> None:
     """Every rank sees it, whatever is random or low-rank, dense or not, and no state moves anywhere."""
+    value = float(what)
 
     def rank_main(transport: Any) -> None:
         net = small_net()
@@ -394,9 +396,8 @@ class TestRandomK:
             codec.seed_state(state, parameter="w", rank=rank)
         seen = set()
         for _ in range(5):
-            sent = [
-                codec.decompress(codec.compress(g, s)).nonzero().view(-1) for g, s in zip(grads, states, strict=True)
-            ]
+            packets = [codec.compress(grad, state) for grad, state in zip(grads, states, strict=True)]
+            sent = [codec.decompress(packet).nonzero().view(-1) for packet in packets]
             assert torch.equal(*sent)
             assert len(sent[0]) == 20
             seen.add(tuple(sent[0].tolist()))

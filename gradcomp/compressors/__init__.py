@@ -35,7 +35,7 @@ def is_finite(flat: Tensor, residual: Tensor | None) -> bool:
 
 
 def add_dense(packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:
-    """Decode DENSE_F32, as those send it that have nothing smaller to say: ``out = (out + addend) + scale * decoded``."""
+    """Decode DENSE_F32, which is what others send, too, where they have nothing smaller."""
     packet.require(Kind.DENSE_F32)
     if addend is not None:
         out += addend
