@@ -22,7 +22,7 @@ from gradcomp.errors import (
     WorkerFailed,
 )
 from gradcomp.integrations.optimizer import attach
-from gradcomp.interfaces import Compressor, Exchange, Transport
+from gradcomp.interfaces import Compressor, Exchange, LinearCompressor, Transport
 from gradcomp.packet import Packet
 from gradcomp.registry import (
     available_compressors,
@@ -44,6 +44,7 @@ __all__ = [
     "GradientError",
     "GradientExchange",
     "HandshakeError",
+    "LinearCompressor",
     "Packet",
     "PacketError",
     "PeerLost",

@@ -260,6 +260,6 @@ def _padded(size: int) -> int:
 
 
 def max_message_bytes(pieces: Sequence[Piece], parameters: int) -> int:
-    """The longest message that can hold these pieces."""
-    head = _COUNTS.size + (parameters + 7) // 8 + _ALIGN + _LENGTH.size * len(pieces)
+    """The longest message that can hold these pieces; or what is added up of them, with a float a parameter."""
+    head = _COUNTS.size + 4 * parameters + _ALIGN + _LENGTH.size * len(pieces)
     return head + sum(_padded(piece.codec.max_nbytes(piece.numel)) for piece in pieces)

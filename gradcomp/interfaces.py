@@ -1,4 +1,4 @@
-"""The plug-in contracts on one page: Compressor, Transport, Exchange.
+"""The plug-in contracts on one page: Compressor (and LinearCompressor), Transport, Exchange.
 
 A compressor turns a tensor into a packet, a transport carries bytes between ranks, an exchange decides who sends what
 to whom. Each is an immutable config (a frozen, keyword-only dataclass); what must last between steps lives in a plain
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from gradcomp.errors import TransportTimeout
 from gradcomp.options import Configured
+from gradcomp.rounds import alone
 
 if TYPE_CHECKING:
     from gradcomp.bucket import Message, Piece, Unit
     from gradcomp.packet import Packet
 
-__all__ = ["Buffer", "Compressor", "Exchange", "Incoming", "Slot", "State", "Transport", "Work"]
+__all__ = ["Buffer", "Compressor", "Exchange", "Incoming", "LinearCompressor", "Slot", "State", "Transport", "Work"]
 
 State = dict[str, Tensor]
 Buffer = bytes | bytearray | memoryview
@@ -153,6 +154,36 @@ class Compressor(Configured, ABC):
         return {}
 
 
+class LinearCompressor(Compressor):
+    """A compressor whose payloads may be added up on their way, by all-reduces: one packet, however many ranks.
+
+    A subclass writes :meth:`rounds`, from which :meth:`encode` follows, so that it goes with every exchange. What ranks
+    must share, such as a seed or a basis, is the same on all of them because config, parameter and sums are.
+    """
+
+    @abstractmethod
+    def rounds(self, grad: Tensor, state: State | None = None) -> Generator[Tensor, Tensor, tuple[Packet, Packet]]:
+        """Compress ``grad`` plus the residual together with all ranks; changes neither: :meth:`commit_sum` does.
+
+        Yields:
+            What this rank adds to a sum, flat float32, NaN or Inf in it if its gradient is not finite. It is sent the
+            sum, the same bits on every rank. Number and lengths of the rounds depend on config, shape and sums alone,
+            and all together are no longer than a packet's payload.
+
+        Returns:
+            This rank's own packet, which is its part of the sum, and the packet of the sum; ``Packet.nonfinite`` if the
+            sum is not finite. If ``stateless``, both may be the sum's: nobody asks for its own.
+        """
+
+    def encode(self, grad: Tensor, state: State | None = None) -> Packet:
+        """As :meth:`Compressor.encode`: the rounds of a rank that is alone."""
+        return alone(self.rounds(grad, state))[0]
+
+    def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
+        """As :meth:`commit`, for what :meth:`rounds` returned."""
+        self.commit(grad, own, state)
+
+
 class Slot(NamedTuple):
     """Where a message belongs: every (sender, slot) is sent at most once in a run."""
 
@@ -248,6 +279,20 @@ class Transport(Configured, ABC):
     def close(self) -> None:
         """Leave: tell the peers, let what was sent get out, free everything. Bounded; may be called twice."""
 
+    def all_reduce(self, slot: Slot, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
+        """The sum of every rank's ``mine``, the same bits on all ranks. Yields what must be here before it goes on.
+
+        A transport with an all-reduce of its own puts it here; this one sends and receives.
+
+        Args:
+            slot: its stage and the one after it are used.
+            mine: flat float32, as long on every rank; must not change until :meth:`close`.
+            one_trip: rather more bytes than a second trip.
+        """
+        from gradcomp.sums import sum_over_ranks
+
+        return (yield from sum_over_ranks(self, slot, mine, one_trip=one_trip))
+
     @final
     def wait(self, incoming: Sequence[Incoming], *, timeout_s: float | None = None) -> list[memoryview]:
         """The messages of ``incoming``, when all are here.
@@ -310,6 +355,17 @@ class Work(ABC):
         """Make the sum of ``messages``, in the order given, the gradient of ``pieces``, on this rank."""
 
     @abstractmethod
+    def rounds(self, pieces: Sequence[Piece]) -> Generator[Tensor, Tensor, None]:
+        """What linear compressors do instead of encode and deliver, all pieces at once.
+
+        Yields what is to be summed over ranks, round by round, and is sent the sums; ends with the gradient in place.
+        """
+
+    @abstractmethod
+    def all_reduce(self, turn: int, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
+        """The sum of every rank's ``mine`` of round ``turn``: :meth:`Transport.all_reduce`."""
+
+    @abstractmethod
     def send(self, peer: int, stage: int, message: Message) -> None:
         """Send ``message`` to ``peer``; returns at once."""
 
@@ -337,5 +393,6 @@ class Exchange(Configured, ABC):
     def run(self, work: Work) -> Generator[Sequence[Incoming], None, None]:
         """Exchange one bucket. Yield what must be here before going on; other buckets move in the meantime.
 
-        Every rank must call :meth:`Work.deliver` for every piece exactly once, with the same packets in the same order.
+        Every rank must hand every piece to :meth:`Work.deliver` exactly once, with the same packets in the same order,
+        or to :meth:`Work.rounds`.
         """

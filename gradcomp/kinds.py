@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from gradcomp import indices
 from gradcomp.errors import PacketError
 from gradcomp.indices import Coding
 from gradcomp.kernels import native
+from gradcomp.tiles import Tiling
 
 if TYPE_CHECKING:
     from gradcomp.packet import Packet
@@ -21,6 +23,8 @@ __all__ = ["MAX_BLOCK", "Kind", "check", "name_of"]
 
 MAX_BLOCK = 1 << 30
 _FIRST_PRIVATE = 128
+_HEAD_NBYTES = 16  # what the payloads of FACTORS, SPECTRUM and SEEDED begin with
+_MIN_CHUNK, _MAX_CHUNK = 8, 256
 
 
 class Kind(IntEnum):
@@ -33,6 +37,9 @@ class Kind(IntEnum):
     VALUES = 5  # float32 values, then an unsigned index set
     BITS = 6  # two float32 scales a block, then a sign bit an element
     NONFINITE = 7  # no payload: the gradient held NaN or Inf, and scalar says which
+    FACTORS = 12  # two thin float32 matrices whose product it is
+    SPECTRUM = 13  # a few float32 coefficients of each tile, and which
+    SEEDED = 14  # float32 values of elements that a key and a step choose
 
 
 def name_of(kind: int) -> str:
@@ -92,6 +99,58 @@ def _nonfinite(packet: Packet) -> None:
         raise PacketError(f"packet says non-finite, but its value is {packet.scalar!r}")
 
 
+def _factors(packet: Packet) -> None:
+    _expect_zero(packet, "count", "coding", "bits", "block", "scalar")
+    columns, rank = _read_head(packet, "<QQ")
+    rows = _rows(packet, columns)
+    if not 1 <= rank <= min(rows, columns):
+        raise PacketError(f"packet has factors of rank {rank} for a matrix of {rows} by {columns}")
+    nbytes = _HEAD_NBYTES + 4 * rank * (rows + columns)
+    _expect_smaller_than_dense(packet, nbytes)
+    _expect_payload(packet, nbytes)
+    _expect_finite(packet, nbytes, _HEAD_NBYTES)
+
+
+def _spectrum(packet: Packet) -> None:
+    _expect_zero(packet, "coding", "bits", "block", "scalar")
+    columns, chunk, kept = _read_head(packet, "<QII")
+    rows = _rows(packet, columns)
+    if not _MIN_CHUNK <= chunk <= _MAX_CHUNK:
+        raise PacketError(f"packet has tiles of {chunk}; it must be {_MIN_CHUNK}..{_MAX_CHUNK}")
+    tiling = Tiling.of(rows, columns, chunk)
+    if not 1 <= kept <= tiling.tile_numel or packet.count != kept * tiling.tiles:
+        raise PacketError(f"packet has {packet.count} coefficients, {kept} for each of {tiling.tiles} tiles")
+    values_end = _HEAD_NBYTES + 4 * packet.count
+    nbytes = values_end + 2 * packet.count
+    _expect_smaller_than_dense(packet, nbytes)
+    _expect_payload(packet, nbytes)
+    _expect_finite(packet, values_end, _HEAD_NBYTES)
+    index = packet.payload[values_end:].view(torch.int16).view(-1, kept).to(torch.int32) & 0xFFFF
+    if not bool((index[:, 1:] > index[:, :-1]).all()) or int(index[:, -1].max()) >= tiling.tile_numel:
+        raise PacketError(f"packet has coefficients that are not strictly increasing and below {tiling.tile_numel}")
+
+
+def _seeded(packet: Packet) -> None:
+    _expect_zero(packet, "coding", "bits", "block", "scalar")
+    if packet.numel and not packet.count:
+        raise PacketError(f"packet has no values for {packet.numel} elements")
+    nbytes = _HEAD_NBYTES + 4 * packet.count
+    _expect_payload(packet, nbytes)
+    _expect_finite(packet, nbytes, _HEAD_NBYTES)
+
+
+def _read_head(packet: Packet, layout: str) -> tuple[int, ...]:
+    if packet.payload.numel() < _HEAD_NBYTES:
+        raise PacketError(f"packet payload is {packet.payload.numel()} bytes; it begins with {_HEAD_NBYTES} of its own")
+    return struct.unpack(layout, bytes(packet.payload[:_HEAD_NBYTES].tolist()))
+
+
+def _rows(packet: Packet, columns: int) -> int:
+    if not 1 <= columns <= packet.numel or packet.numel % columns:
+        raise PacketError(f"packet has {columns} columns; that does not divide its {packet.numel} elements")
+    return packet.numel // columns
+
+
 _CHECKS: dict[int, Callable[[Packet], None]] = {
     Kind.DENSE_F32: _dense(4),
     Kind.DENSE_F16: _dense(2),
@@ -100,6 +159,9 @@ _CHECKS: dict[int, Callable[[Packet], None]] = {
     Kind.VALUES: _values,
     Kind.BITS: _bits,
     Kind.NONFINITE: _nonfinite,
+    Kind.FACTORS: _factors,
+    Kind.SPECTRUM: _spectrum,
+    Kind.SEEDED: _seeded,
 }
 
 
@@ -120,8 +182,13 @@ def _expect_payload(packet: Packet, nbytes: int) -> None:
         raise PacketError(f"packet payload is {packet.payload.numel()} bytes; it must be {nbytes}")
 
 
-def _expect_finite(packet: Packet, nbytes: int) -> None:
-    if not bool(packet.payload[:nbytes].view(torch.float32).isfinite().all()):
+def _expect_smaller_than_dense(packet: Packet, nbytes: int) -> None:
+    if nbytes >= 4 * packet.numel:
+        raise PacketError(f"packet payload is {nbytes} bytes; a dense one would not be larger, and must be sent")
+
+
+def _expect_finite(packet: Packet, stop: int, start: int = 0) -> None:
+    if not bool(packet.payload[start:stop].view(torch.float32).isfinite().all()):
         raise PacketError("packet holds a value or scale that is not finite")
 
 

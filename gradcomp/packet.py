@@ -98,6 +98,12 @@ class Packet:
         return cls(kind=Kind.VALUES, numel=numel, payload=payload, count=count, coding=coding, _checked=True)
 
     @classmethod
+    def dense(cls, values: Tensor) -> Packet:
+        """DENSE_F32: ``values`` (flat float32) as they are; their memory becomes the packet's."""
+        payload = values.contiguous().view(torch.uint8)
+        return cls(kind=Kind.DENSE_F32, numel=values.numel(), payload=payload, _checked=True)
+
+    @classmethod
     def signs(cls, index: Tensor, negative: Tensor, numel: int, magnitude: float) -> Packet:
         """SIGNS: elements ``index`` (int64, strictly increasing) are ``magnitude``, negated where ``negative``."""
         count = len(index)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gradcomp.errors import PacketError
-from gradcomp.interfaces import Compressor, State
+from gradcomp.interfaces import Compressor, LinearCompressor, State
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
+from gradcomp.rounds import Rounds
 
 __all__ = ["check_compressor"]
 
@@ -45,6 +46,10 @@ def check_compressor(compressor: Compressor, device: torch.device | str = "cpu")
             for position in (0, 500, 1002):
                 what = f"{compressor!r}, {dtype}, {value} at {position}"
                 _run(_check_nonfinite, what, compressor, dtype, where, value, position)
+    if isinstance(compressor, LinearCompressor):
+        for shape in _SHAPES:
+            what = f"{compressor!r}, sums, shape {shape}"
+            _run(_check_rounds, what, compressor, [_noise(shape, torch.float32, where, rank) for rank in range(3)])
     _run(_check_misuse, repr(compressor), compressor, where)
     _run(_check_damage, repr(compressor), compressor, where)
 
@@ -185,6 +190,63 @@ def _check_nonfinite(
     received = Packet.from_bytes(packet.to_bytes(), numel=1003, device=device)
     _require(not bool(compressor.decompress(received).isfinite().all()), "a non-finite gradient is seen as such")
     _require(not bool(compressor.decompress(compressor.encode(grad)).isfinite().all()), "also in one shot")
+
+
+def _check_rounds(compressor: LinearCompressor, grads: list[Tensor]) -> None:
+    states = [compressor.new_state(grad) for grad in grads]
+    for rank, state in enumerate(states):
+        compressor.seed_state(state, parameter="weight", rank=rank)
+    for _ in range(_STEPS):
+        before = [_copy(state) for state in states]
+        found = _add_up(compressor, grads, states)
+        _require(all(map(_same_state, states, before)), "rounds() leaves the state as it is")
+        totals = [total for _, total in found]
+        _require(all(total == totals[0] for total in totals), "the packet of the sum is the same on all ranks")
+        parts = torch.stack([compressor.decompress(own) for own, _ in found]).sum(0)
+        if not compressor.stateless:
+            right = torch.allclose(compressor.decompress(totals[0]), parts, rtol=1e-3, atol=1e-4)
+            _require(right, "the packet of the sum decodes to the sum of the ranks' own packets")
+        for grad, state, old, (own, total) in zip(grads, states, before, found, strict=True):
+            if compressor.stateless:
+                continue
+            compressor.commit_sum(grad, own, total, state)
+            if "residual" in state and compressor.conserves:
+                _check_conservation(grad, old["residual"], compressor.decompress(own), state["residual"])
+        shared = [{name: value for name, value in state.items() if name != "residual"} for state in states]
+        _require(
+            all(_same_state(shared[0], other) for other in shared), "all but the residual is the same on all ranks"
+        )
+    if grads[0].numel():
+        spoiled = [grad.clone() for grad in grads]
+        spoiled[1].view(-1)[-1] = math.nan
+        for _, total in _add_up(compressor, spoiled, states):
+            _require(
+                not bool(compressor.decompress(total).isfinite().all()), "all ranks see a gradient that is not finite"
+            )
+
+
+def _add_up(compressor: LinearCompressor, grads: list[Tensor], states: list[State]) -> list[tuple[Packet, Packet]]:
+    """Rounds of several ranks, in step with each other."""
+    ranks = [compressor.rounds(grad, state) for grad, state in zip(grads, states, strict=True)]
+    most = compressor.max_nbytes(grads[0].numel()) - HEADER_NBYTES
+    steps: list[Tensor | tuple[Packet, Packet]] = [_next_part(rank, None) for rank in ranks]
+    while parts := [part for part in steps if isinstance(part, Tensor)]:
+        alike = len(parts) == len(ranks) and len({part.numel() for part in parts}) == 1
+        _require(alike, f"all ranks add vectors of one length in every round; got {[len(part) for part in parts]}")
+        _require(parts[0].dtype == torch.float32 and parts[0].dim() == 1, "what is added up is flat float32")
+        most -= 4 * parts[0].numel()
+        _require(most >= 0, "what is added up is no longer than a packet's payload may be")
+        total = torch.stack(parts).sum(0)
+        steps = [_next_part(rank, total) for rank in ranks]
+    return [end for end in steps if not isinstance(end, Tensor)]
+
+
+def _next_part(rounds: Rounds[tuple[Packet, Packet]], total: Tensor | None) -> Tensor | tuple[Packet, Packet]:
+    try:
+        return next(rounds) if total is None else rounds.send(total)
+    except StopIteration as end:
+        result: tuple[Packet, Packet] = end.value
+        return result
 
 
 def _check_misuse(compressor: Compressor, device: torch.device) -> None:

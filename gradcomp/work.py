@@ -8,15 +8,17 @@ come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradcomp.bucket import Bucket, Message, Parameter, Piece
 from gradcomp.errors import GradientError
-from gradcomp.interfaces import Compressor, Incoming, Slot, State, Transport, Work
+from gradcomp.interfaces import Incoming, LinearCompressor, Slot, Transport, Work
 from gradcomp.packet import Packet
+from gradcomp.rounds import Rounds, join
 from gradcomp.states import StateStore
 from gradcomp.telemetry import StepRecord
 
@@ -65,7 +67,7 @@ class BucketWork(Work):
         self._outs: dict[int, Tensor] = {}
         self._unencoded = {i: unit.numel for i, unit in enumerate(bucket.units)}
         self._undelivered = dict(self._unencoded)
-        self._uncommitted: list[tuple[Compressor, Tensor, Packet, State]] = []
+        self._commits: list[Callable[[], None]] = []
         self._held: list[tuple[Piece, list[Packet | None], set[int]]] = []
 
     # -- what an exchange calls ----------------------------------------------------------------------------------------
@@ -90,12 +92,30 @@ class BucketWork(Work):
         present = {p for p, given in zip(self._bucket.parameters, _on_any_rank(messages), strict=True) if given}
         with self._record.timed("decompress_s"):
             for i, piece in enumerate(pieces):
-                packets = [message.packets[i] for message in messages]
-                if piece.codec.stateless:
-                    self._apply(piece, packets, present)
-                else:
-                    self.nonfinite |= any(packet is not None and packet.is_nonfinite for packet in packets)
-                    self._held.append((piece, packets, present))
+                self._deliver(piece, [message.packets[i] for message in messages], present)
+
+    def rounds(self, pieces: Sequence[Piece]) -> Generator[Tensor, Tensor, None]:
+        """Rounds of all pieces as one, and then what :meth:`deliver` does, with the packets of the sums."""
+        joined = join([self._count_present(), *(self._rounds(piece) for piece in pieces)])
+        total: Tensor | None = None
+        while True:
+            with self._record.timed("compress_s"):
+                try:
+                    mine = next(joined) if total is None else joined.send(total)
+                except StopIteration as end:
+                    present, *results = end.value
+                    break
+            self._record.packet_bytes += 4 * mine.numel()
+            total = yield mine
+        with self._record.timed("decompress_s"):
+            for piece, (packet, commit) in zip(pieces, results, strict=True):
+                if commit is not None and not present.isdisjoint(self._bucket.units[piece.unit].parameters):
+                    self._commits.append(commit)
+                self._deliver(piece, [packet], present)
+
+    def all_reduce(self, turn: int, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
+        """Sum over ranks; each round has two stages of its own."""
+        return self._transport.all_reduce(self._slot(2 * turn), mine, one_trip=one_trip)
 
     def send(self, peer: int, stage: int, message: Message) -> None:
         """Send; returns at once."""
@@ -116,10 +136,10 @@ class BucketWork(Work):
         """Commit residuals, unless a rank saw a non-finite value anywhere, and put held gradients in place."""
         with self._record.timed("compress_s"):
             if commit:
-                for codec, grad, packet, state in self._uncommitted:
-                    codec.commit(grad, packet, state)
+                for commit_one in self._commits:
+                    commit_one()
                 self._store.drop_waiting(self._waited)
-            self._uncommitted.clear()
+            self._commits.clear()
         with self._record.timed("decompress_s"):
             for piece, packets, present in self._held:
                 self._apply(piece, packets, present)
@@ -144,12 +164,44 @@ class BucketWork(Work):
         name = self._name(piece)
         state = self._store.get(name, piece, "gradient", grad)
         packet = piece.codec.encode(grad, state)
-        self._uncommitted.append((piece.codec, grad, packet, state))
-        row = piece.codec.stats(packet, state)
-        self._record.parameters[name] = row
+        self._commits.append(partial(piece.codec.commit, grad, packet, state))
+        self._note(piece, piece.codec.stats(packet, state))
+        return packet
+
+    def _rounds(self, piece: Piece) -> Rounds[tuple[Packet, Callable[[], None] | None]]:
+        """One piece's part of :meth:`rounds`: the packet of the sum, and what commits it."""
+        codec = piece.codec
+        if not isinstance(codec, LinearCompressor):
+            raise TypeError(f"compressor {codec.id!r} is not linear")
+        grad = self._gradient(piece.unit)
+        if grad is None:
+            # Others may have one: it adds its residual, and its state must not fall behind theirs.
+            grad = torch.zeros(piece.shape, dtype=torch.float32, device=self._device)
+        if codec.stateless:
+            _, total = yield from codec.rounds(grad)
+            self._joined.pop(piece.unit, None)
+            return total, None
+        state = self._store.get(self._name(piece), piece, "gradient", grad)
+        own, total = yield from codec.rounds(grad, state)
+        self._note(piece, codec.stats(own, state))
+        return total, partial(codec.commit_sum, grad, own, total, state)
+
+    def _count_present(self) -> Rounds[set[int]]:
+        """The parameters that any rank has a gradient for: how many ranks do is one more sum."""
+        ranks = yield torch.tensor(self._present, dtype=torch.float32, device=self._device)
+        return {p for p, count in zip(self._bucket.parameters, ranks.tolist(), strict=True) if count}
+
+    def _note(self, piece: Piece, row: dict[str, float]) -> None:
+        self._record.parameters[self._name(piece)] = row
         self._record.elements += piece.numel
         self._record.sent += round(row.get("density", 1.0) * piece.numel)
-        return packet
+
+    def _deliver(self, piece: Piece, packets: list[Packet | None], present: set[int]) -> None:
+        if piece.codec.stateless:
+            self._apply(piece, packets, present)
+        else:
+            self.nonfinite |= any(packet is not None and packet.is_nonfinite for packet in packets)
+            self._held.append((piece, packets, present))
 
     def _reduce(self, piece: Piece, packets: Sequence[Packet | None]) -> Packet | None:
         given = [packet for packet in packets if packet is not None]
@@ -166,7 +218,7 @@ class BucketWork(Work):
             return piece.codec.encode(total)
         state = self._store.get(self._name(piece), piece, "sum", total)
         packet = piece.codec.encode(total, state)
-        self._uncommitted.append((piece.codec, total, packet, state))
+        self._commits.append(partial(piece.codec.commit, total, packet, state))
         return packet
 
     def _apply(self, piece: Piece, packets: Sequence[Packet | None], present: set[int]) -> None:

@@ -45,6 +45,16 @@ SPECS = [
     'scheduled:stages=[[2,"threshold:density=0.1"],[3,"dgc:momentum=0.9"]],then=topk',
     "warmup",
     'warmup:compressor="threshold:density=0.01",steps=3,start=0.5',
+    "powersgd",
+    "powersgd:rank=1",
+    "powersgd:rank=8,seed=3",
+    "dct",
+    "dct:chunk=8,k=1",
+    "dct:chunk=256,k=5",
+    "randomk",
+    "randomk:k=3",
+    "randomk:ratio=1",
+    "randomk:ratio=0.1,unbiased=true,seed=5",
 ]
 
 
@@ -115,6 +125,17 @@ def test_registry_builds_an_equal_one_from_the_config(spec: str) -> None:
         ("warmup:compressor=topk:k=3", "a ratio or a density"),
         ("warmup:start=0.001", "start=0.001"),
         ("warmup:steps=0", "steps=0"),
+        ("powersgd:rank=0", "rank=0"),
+        ("powersgd:rank=2.0", "rank"),
+        ("powersgd:seed=-1", "seed=-1"),
+        ("dct:chunk=4", "chunk=4"),
+        ("dct:chunk=512", "chunk=512"),
+        ("dct:k=0", "k=0"),
+        ("randomk:ratio=0", "ratio"),
+        ("randomk:k=0", "k=0"),
+        ("randomk:k=1,ratio=0.1", "not both"),
+        ("randomk:unbiased=1", "unbiased=1"),
+        ("randomk:seed=x", "seed='x'"),
     ],
 )
 def test_bad_options(spec: str, words: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradcomp import kernels
 from gradcomp.errors import GradientError
+from gradcomp.packet import Kind, Packet
 
-__all__ = ["flat_gradient"]
+__all__ = ["add_dense", "flat_gradient", "float_accumulated", "is_finite"]
 
 
 def flat_gradient(grad: Tensor) -> Tensor:
@@ -19,3 +21,22 @@ def flat_gradient(grad: Tensor) -> Tensor:
     if grad.layout != torch.strided or grad.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise GradientError(f"gradient must be dense float32, float16 or bfloat16; got {grad.layout}, {grad.dtype}")
     return grad.detach().reshape(-1)
+
+
+def float_accumulated(flat: Tensor, residual: Tensor | None) -> Tensor:
+    """acc, the gradient plus the residual, in memory of its own: for the few that cannot do without."""
+    return flat.to(torch.float32, copy=True) if residual is None else residual + flat
+
+
+def is_finite(flat: Tensor, residual: Tensor | None) -> bool:
+    """Whether acc is finite everywhere."""
+    # Nothing finite passes the largest number there is: one reading of both, and nothing written.
+    return not isinstance(kernels.select_threshold(flat, residual, torch.finfo(torch.float32).max), float)
+
+
+def add_dense(packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:
+    """Decode DENSE_F32, which is what others send, too, where they have nothing smaller."""
+    packet.require(Kind.DENSE_F32)
+    if addend is not None:
+        out += addend
+    kernels.add_scaled(out, packet.payload.view(torch.float32), scale)

@@ -7,6 +7,7 @@ NaN and Inf travel as they are.
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gradcomp import kernels
 from gradcomp.compressors import flat_gradient
-from gradcomp.interfaces import Compressor, State
+from gradcomp.interfaces import Compressor, LinearCompressor, State
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
 __all__ = ["BFloat16", "Float16", "NoCompression"]
@@ -43,12 +44,17 @@ class _Cast(Compressor, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoCompression(_Cast):
-    """float32 as it is: 4 bytes an element. float16 and bfloat16 gradients are widened, which loses nothing."""
+class NoCompression(_Cast, LinearCompressor):
+    """float32 as it is: 4 bytes an element. float16 and bfloat16 gradients are widened, which loses nothing. Linear."""
 
     id: ClassVar[str] = "none"
     dtype: ClassVar[torch.dtype] = torch.float32
     kind: ClassVar[Kind] = Kind.DENSE_F32
+
+    def rounds(self, grad: Tensor, state: State | None = None) -> Generator[Tensor, Tensor, tuple[Packet, Packet]]:
+        total = yield flat_gradient(grad).to(torch.float32)
+        packet = Packet.dense(total)
+        return packet, packet
 
 
 @dataclass(frozen=True, kw_only=True)

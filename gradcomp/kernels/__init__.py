@@ -11,22 +11,31 @@ from gradcomp.kernels.reference import (
     add_bits,
     add_scaled,
     encode_bits,
+    largest_coefficients,
+    norms,
+    orthonormal,
     pack_bits,
     select_largest,
     select_threshold,
     unpack_bits,
 )
 from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
+from gradcomp.kernels.transform import add_factors, add_spectrum
 
 __all__ = [
     "add_bits",
+    "add_factors",
     "add_scaled",
     "add_signs",
+    "add_spectrum",
     "add_values",
     "encode_above",
     "encode_bits",
     "encode_largest",
     "encode_signs",
+    "largest_coefficients",
+    "norms",
+    "orthonormal",
     "pack_bits",
     "sample_largest",
     "select_largest",

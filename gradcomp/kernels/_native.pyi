@@ -45,3 +45,28 @@ def add_values(
     level: str = ...,
     threads: int = ...,
 ) -> str | None: ...
+def add_factors(
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    columns: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def add_spectrum(
+    out: Tensor,
+    values: Tensor,
+    index: Tensor,
+    down: Tensor,
+    across: Tensor,
+    rows: int,
+    columns: int,
+    height: int,
+    width: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...

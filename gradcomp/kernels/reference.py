@@ -8,7 +8,9 @@ or both infinities, else the infinity.
 """
 
 from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, unpack_bits
+from gradcomp.kernels.reference_dct import add_spectrum, largest_coefficients
 from gradcomp.kernels.reference_dense import add_scaled
+from gradcomp.kernels.reference_factors import add_factors, norms, orthonormal
 from gradcomp.kernels.reference_indices import add_signs, add_values
 from gradcomp.kernels.reference_select import (
     encode_above,
@@ -23,13 +25,18 @@ from gradcomp.kernels.reference_select import (
 
 __all__ = [
     "add_bits",
+    "add_factors",
     "add_scaled",
     "add_signs",
+    "add_spectrum",
     "add_values",
     "encode_above",
     "encode_bits",
     "encode_largest",
     "encode_signs",
+    "largest_coefficients",
+    "norms",
+    "orthonormal",
     "pack_bits",
     "sample_largest",
     "sample_size",

@@ -35,6 +35,7 @@ Level level_named(const std::string &name) {
 void bind_indices_decode(nb::module_ &module);
 void bind_indices_encode(nb::module_ &module);
 void bind_select(nb::module_ &module);
+void bind_transform(nb::module_ &module);
 
 }  // namespace gradcomp
 
@@ -45,4 +46,5 @@ NB_MODULE(_native, module) {
     bind_indices_decode(module);
     bind_indices_encode(module);
     bind_select(module);
+    bind_transform(module);
 }

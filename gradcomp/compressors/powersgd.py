@@ -1,0 +1,184 @@
+"""PowerSGD: a matrix as the product of two thin ones, found by one step of power iteration.
+
+T. Vogels, S. P. Karimireddy, M. Jaggi, "PowerSGD: practical low-rank gradient compression for distributed
+optimization", NeurIPS 2019.
+
+A gradient is seen as a matrix of shape (shape[0], the rest), ``M = grad + residual``, m by n. With the n by r matrix Q
+of the step before (at first a random one, the same on all ranks):
+
+    P = M Q, added up over ranks;  P^ = P with orthonormal columns;  Q = M^T P^, added up over ranks;  decoded: P^ Q^T
+
+The two sums are all the ranks send, r (m + n) floats, and as M enters linearly, decoding gives the projection of the
+sum of all ranks' M. ``residual = M - P^ Q^T`` with this rank's own Q, from before the second sum: what a rank sent and
+what it keeps add up to what it had. The authors' code subtracts the mean over ranks instead. The residuals have the
+same sum either way, and nothing else of them enters a later step; but what sets ranks apart then stays in them for good
+and grows. Q is scaled to unit columns before it is used again, so that P does not overflow or vanish; a column of zeros
+(the sum had a lower rank than r) is drawn anew, or it would stay one.
+
+Where ``r (m + n)`` floats are not fewer than ``m n``, vectors among them, the matrix itself is sent: DENSE_F32. One
+whose products overflow float32 is treated as one that is not finite.
+
+With an exchange that sends packets, each rank sends the factors of its own M: more bytes from three ranks on, and a sum
+of rank N r. Replicas stay identical: P^ and decoded products are added up in a fixed order (kernels.reference_factors).
+
+Wire: a FACTORS packet. u64 n, u64 r; then float32 P^ (r rows of m) and Q (r rows of n).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradcomp import kernels, randomness
+from gradcomp.compressors import add_dense, flat_gradient, float_accumulated, is_finite
+from gradcomp.errors import PacketError
+from gradcomp.interfaces import LinearCompressor, State
+from gradcomp.kernels.reference_chunks import nonfinite_value
+from gradcomp.kernels.reference_random import philox
+from gradcomp.options import check_integer
+from gradcomp.packet import HEADER_NBYTES, Kind, Packet
+
+__all__ = ["PowerSGD"]
+
+_HEAD = struct.Struct("<QQ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerSGD(LinearCompressor):
+    """Send a low-rank approximation of each matrix. Linear, in two rounds.
+
+    State: ``residual`` (float32, flat); where factors are sent also ``q`` (float32 [r, n]) and ``random`` (int64
+    [key, step], on the CPU), the same on all ranks.
+
+    Attributes:
+        rank: columns of P and Q. Larger: more traffic and more work, smaller residual.
+        seed: of the first Q.
+    """
+
+    id: ClassVar[str] = "powersgd"
+    rank: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("powersgd", "rank", self.rank, at_least=1, at_most=1 << 16)
+        check_integer("powersgd", "seed", self.seed, at_least=0)
+
+    def new_state(self, grad: Tensor) -> State:
+        state = super().new_state(grad)
+        rank, _, columns = self._layout(grad)
+        if rank:
+            state["random"] = randomness.new_stream(self.seed)
+            state["q"] = _draw(randomness.stream(state, self.seed), rank, columns, grad.device)
+        return state
+
+    def seed_state(self, state: State, *, parameter: str, rank: int) -> None:
+        if "q" in state:
+            randomness.seed_stream(state, self.seed, parameter)
+            rows, columns = state["q"].shape
+            state["q"] = _draw(randomness.stream(state, self.seed), rows, columns, state["q"].device)
+
+    def rounds(self, grad: Tensor, state: State | None = None) -> Generator[Tensor, Tensor, tuple[Packet, Packet]]:
+        flat = flat_gradient(grad)
+        residual = None if state is None else state["residual"]
+        rank, rows, columns = self._layout(grad)
+        if not rank:
+            own = float_accumulated(flat, residual)
+            total = yield own
+            value = nonfinite_value(total)
+            return _both_nonfinite(value, flat) if value else (Packet.dense(own), Packet.dense(total))
+        matrices = [flat.to(torch.float32).view(rows, columns)]
+        if residual is not None:
+            matrices.append(residual.view(rows, columns))
+        q = _draw(randomness.stream(None, self.seed), rank, columns, flat.device) if state is None else state["q"]
+        if is_finite(flat, residual):
+            # Not the sum's product: it would have to be written first.
+            p = reduce(torch.add, [matrix @ q.t() for matrix in matrices]).t().reshape(-1)
+        else:
+            p = torch.full((rank * rows,), math.nan, device=flat.device)
+        p = yield p
+        if value := nonfinite_value(p):
+            return _both_nonfinite(value, flat)
+        basis = kernels.orthonormal(p.view(rank, rows))
+        own_q = reduce(torch.add, [basis @ matrix for matrix in matrices])
+        total_q = yield own_q.view(-1)
+        if value := nonfinite_value(total_q):
+            return _both_nonfinite(value, flat)
+        return _factors(basis, own_q), _factors(basis, total_q.view(rank, columns))
+
+    def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
+        self.commit_sum(grad, packet, packet, state)
+
+    def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
+        self._add(own, state["residual"], -1.0, flat_gradient(grad))
+        if total.kind == Kind.FACTORS:
+            randomness.advance(state)
+            _, q = _read(total)
+            length = kernels.norms(q).unsqueeze(1)
+            unit = (q / length).to(torch.float32)
+            fresh = _draw(randomness.stream(state, self.seed), len(q), q.shape[1], q.device)
+            state["q"] = torch.where(length > 0, unit, fresh)
+
+    def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
+        self._add(packet, out, scale)
+
+    def _add(self, packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:
+        if packet.kind == Kind.DENSE_F32:
+            add_dense(packet, out, scale, addend)
+            return
+        packet.require(Kind.FACTORS)
+        left, right = _read(packet)
+        if len(left) > self.rank:
+            raise PacketError(f"packet has factors of rank {len(left)}; this compressor's have at most {self.rank}")
+        kernels.add_factors(out, left, right, scale, addend)
+
+    def max_nbytes(self, numel: int) -> int:
+        return HEADER_NBYTES + 4 * numel
+
+    def typical_nbytes(self, numel: int) -> int:
+        side = math.isqrt(numel)  # the shape is not known here: of a square matrix
+        return min(HEADER_NBYTES + _HEAD.size + 8 * self.rank * side, self.max_nbytes(numel))
+
+    def stats(self, packet: Packet, state: State | None = None) -> dict[str, float]:
+        """``density``: floats sent per element."""
+        return {"density": packet.payload.numel() / max(4 * packet.numel, 1)}
+
+    def _layout(self, grad: Tensor) -> tuple[int, int, int]:
+        """Rank, rows and columns; rank 0 where the matrix itself is no larger than its factors."""
+        rows = grad.shape[0] if grad.dim() else 1
+        columns = grad.numel() // max(rows, 1)
+        rank = min(self.rank, rows, columns)
+        smaller = _HEAD.size + 4 * rank * (rows + columns) < 4 * grad.numel()
+        return (rank if smaller else 0), rows, columns
+
+
+def _draw(stream: tuple[int, int], rank: int, columns: int, device: torch.device) -> Tensor:
+    """float32 [rank, columns], uniform in -1..1, multiples of 2^-23: the same bits everywhere."""
+    words = philox(*stream, 0, -(-rank * columns // 4), device).view(-1)[: rank * columns]
+    return ((words >> 8).to(torch.float32) * 2.0**-23 - 1.0).view(rank, columns)
+
+
+def _both_nonfinite(value: float, flat: Tensor) -> tuple[Packet, Packet]:
+    packet = Packet.nonfinite(value, flat.numel(), flat.device)
+    return packet, packet
+
+
+def _factors(left: Tensor, right: Tensor) -> Packet:
+    rank, columns = right.shape
+    head = torch.tensor([columns, rank], dtype=torch.int64, device=right.device)
+    payload = torch.cat([part.reshape(-1).view(torch.uint8) for part in (head, left, right)])
+    return Packet(kind=Kind.FACTORS, numel=left.shape[1] * columns, payload=payload)
+
+
+def _read(packet: Packet) -> tuple[Tensor, Tensor]:
+    """P^ and Q of a checked packet."""
+    columns, rank = packet.payload[: _HEAD.size].view(torch.int64).tolist()
+    floats = packet.payload[_HEAD.size :].view(torch.float32)
+    rows = packet.numel // columns
+    return floats[: rank * rows].view(rank, rows), floats[rank * rows :].view(rank, columns)
