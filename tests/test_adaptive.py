@@ -17,7 +17,7 @@ def noise(numel: int, seed: int) -> torch.Tensor:
 
 def test_the_defaults_are_deeplearning4js() -> None:
     c = Adaptive()
-    assert (c.tau, c.min_density, c.max_density, c.clip, c.clip_every) == (1e-4, 1e-4, 1e-2, 5.0, 5)
+    assert (c.tau, c.min_density, c.max_density, c.clip, c.clip_every) == (1e-4, 1e-4, 1e-2, 0.0, 5)
     assert c.decay**20 == pytest.approx(0.5)
 
 

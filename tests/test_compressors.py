@@ -39,7 +39,7 @@ SPECS = [
     "dgc:ratio=1",
     "adaptive",
     "adaptive:tau=0.5,min_density=0.1,max_density=0.1,decay=0.5,clip=1,clip_every=1",
-    "adaptive:clip=0",
+    "adaptive:clip=5",
     "scheduled",
     'scheduled:stages=[[1,"none"],[2,"topk:ratio=0.1"],[3,"fp16"]],then="onebit:block=8"',
     'scheduled:stages=[[2,"threshold:density=0.1"],[3,"dgc:momentum=0.9"]],then=topk',

@@ -38,7 +38,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveThreshold(Compressor):
-    """Send what passes a threshold that adapts to the share sent, and clip the residual, as Deeplearning4j does.
+    """Send what passes a threshold that adapts to the share sent, as Deeplearning4j does.
 
     State: ``residual`` (float32, flat), ``tau`` (float32, 0-dim, on the CPU); with clipping also ``step`` (int64,
     0-dim, on the CPU). The defaults are Deeplearning4j's; it compresses updates, which are smaller than gradients.
@@ -48,7 +48,7 @@ class AdaptiveThreshold(Compressor):
         min_density: a smaller share of elements sent lowers the threshold.
         max_density: a larger share raises it.
         decay: the factor by which it moves at a step; the default doubles or halves it in 20 steps.
-        clip: the residual is clipped to so many thresholds; 0: never, and nothing is lost.
+        clip: the residual is clipped to so many thresholds, 5 in Deeplearning4j; 0: never, and nothing is lost.
         clip_every: steps between clippings.
     """
 
@@ -57,7 +57,7 @@ class AdaptiveThreshold(Compressor):
     min_density: float = 1e-4
     max_density: float = 1e-2
     decay: float = 0.5 ** (1 / 20)
-    clip: float = 5.0
+    clip: float = 0.0
     clip_every: int = 5
 
     def __post_init__(self) -> None:
