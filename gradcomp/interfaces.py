@@ -165,8 +165,8 @@ class LinearCompressor(Compressor):
         """As :meth:`encode`, together with all ranks.
 
         Yields:
-            What this rank adds to a sum, flat float32, not finite if its gradient is not; it is sent the sum. Number and
-            lengths of rounds depend on config, shape and sums; in all they are no longer than a packet's payload.
+            What this rank adds to a sum, flat float32, not finite if its gradient is not; it is sent the sum. Number
+            and lengths of rounds depend on config, shape and sums; in all no longer than a packet's payload.
 
         Returns:
             This rank's own packet, which is its part of the sum, and the packet of the sum; ``Packet.nonfinite`` if the
@@ -280,12 +280,8 @@ class Transport(Configured, ABC):
     def all_reduce(self, slot: Slot, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
         """The sum of every rank's ``mine``, the same bits on all; yields what must be here before it goes on.
 
-        A transport with an all-reduce of its own puts it here; this one sends and receives.
-
-        Args:
-            slot: its stage and the one after it are used.
-            mine: flat float32, as long on every rank; must not change until :meth:`close`.
-            one_trip: rather more bytes than a second trip.
+        A transport with an all-reduce of its own puts it here; this one sends and receives, at ``slot``'s stage and the
+        next. ``mine`` is flat float32, must not change until :meth:`close`. ``one_trip``: rather more bytes than trips.
         """
         from gradcomp.sums import sum_over_ranks
 

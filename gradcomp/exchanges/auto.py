@@ -25,9 +25,9 @@ class Auto(Exchange):
     ranks they send the same, and all-gather compresses once.
 
     Linear compressors that are more than a plain copy go by all-reduce from three ranks on. It never sends more than
-    all-gather, does not compress twice as two-shot does, and decodes one packet instead of N: for PowerSGD 0.5 ms less a
-    packet and million elements, so that on 3 ranks a bucket of 2 million pays for a second trip of 2 ms, on more ranks a
-    smaller one. With two ranks both send P, and all-gather has it there in one trip.
+    all-gather, does not compress twice as two-shot does, and decodes one packet instead of N: for PowerSGD 0.5 ms less
+    a packet and million elements, so that on 3 ranks a bucket of 2 million pays for a second trip of 2 ms, on more
+    ranks a smaller one. With two ranks both send P, and all-gather has it there in one trip.
 
     Attributes:
         trip_bytes: bytes the link carries in the time of one more trip; the default is 2 ms at 1 Gb/s.
