@@ -155,20 +155,18 @@ class Compressor(Configured, ABC):
 
 
 class LinearCompressor(Compressor):
-    """A compressor whose payloads may be added up on their way, by all-reduces: one packet, however many ranks.
+    """A compressor whose payloads may be added up on their way, by all-reduces; a subclass writes :meth:`rounds`.
 
-    A subclass writes :meth:`rounds`, from which :meth:`encode` follows, so that it goes with every exchange. What ranks
-    must share, such as a seed or a basis, is the same on all of them because config, parameter and sums are.
+    What ranks must share, such as a seed or a basis, comes from config, parameter and sums: those they have alike.
     """
 
     @abstractmethod
     def rounds(self, grad: Tensor, state: State | None = None) -> Generator[Tensor, Tensor, tuple[Packet, Packet]]:
-        """Compress ``grad`` plus the residual together with all ranks; changes neither: :meth:`commit_sum` does.
+        """As :meth:`encode`, together with all ranks.
 
         Yields:
-            What this rank adds to a sum, flat float32, NaN or Inf in it if its gradient is not finite. It is sent the
-            sum, the same bits on every rank. Number and lengths of the rounds depend on config, shape and sums alone,
-            and all together are no longer than a packet's payload.
+            What this rank adds to a sum, flat float32, not finite if its gradient is not; it is sent the sum. Number
+            and lengths of rounds depend on config, shape and sums; in all no longer than a packet's payload.
 
         Returns:
             This rank's own packet, which is its part of the sum, and the packet of the sum; ``Packet.nonfinite`` if the
@@ -176,7 +174,7 @@ class LinearCompressor(Compressor):
         """
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        """As :meth:`Compressor.encode`: the rounds of a rank that is alone."""
+        """The rounds of a rank that is alone."""
         return alone(self.rounds(grad, state))[0]
 
     def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
@@ -280,14 +278,10 @@ class Transport(Configured, ABC):
         """Leave: tell the peers, let what was sent get out, free everything. Bounded; may be called twice."""
 
     def all_reduce(self, slot: Slot, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
-        """The sum of every rank's ``mine``, the same bits on all ranks. Yields what must be here before it goes on.
+        """The sum of every rank's ``mine``, the same bits on all; yields what must be here before it goes on.
 
-        A transport with an all-reduce of its own puts it here; this one sends and receives.
-
-        Args:
-            slot: its stage and the one after it are used.
-            mine: flat float32, as long on every rank; must not change until :meth:`close`.
-            one_trip: rather more bytes than a second trip.
+        A transport with an all-reduce of its own puts it here; this one sends and receives, at ``slot``'s stage and the
+        next. ``mine`` is flat float32, must not change until :meth:`close`. ``one_trip``: rather more bytes than trips.
         """
         from gradcomp.sums import sum_over_ranks
 
@@ -356,10 +350,7 @@ class Work(ABC):
 
     @abstractmethod
     def rounds(self, pieces: Sequence[Piece]) -> Generator[Tensor, Tensor, None]:
-        """What linear compressors do instead of encode and deliver, all pieces at once.
-
-        Yields what is to be summed over ranks, round by round, and is sent the sums; ends with the gradient in place.
-        """
+        """Instead of encode and deliver, for linear compressors: yields what to add up over ranks, is sent the sums."""
 
     @abstractmethod
     def all_reduce(self, turn: int, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
@@ -393,6 +384,6 @@ class Exchange(Configured, ABC):
     def run(self, work: Work) -> Generator[Sequence[Incoming], None, None]:
         """Exchange one bucket. Yield what must be here before going on; other buckets move in the meantime.
 
-        Every rank must hand every piece to :meth:`Work.deliver` exactly once, with the same packets in the same order,
-        or to :meth:`Work.rounds`.
+        Every rank must call :meth:`Work.deliver` for every piece exactly once, with the same packets in the same order,
+        or :meth:`Work.rounds`.
         """

@@ -312,6 +312,27 @@ def test_bytes_on_the_wire(spec: str, floats: int) -> None:
         assert abs(sent - 2 * 3 * packet_bytes / 4) <= 2 * 2 * 3 * 4
 
 
+def test_tensors_of_a_bucket_share_rounds_and_a_transport_may_add_up_by_itself() -> None:
+    def rank_main(transport: Any) -> list[tuple[Slot, int]]:
+        calls: list[tuple[Slot, int]] = []
+        own = transport.all_reduce
+
+        def watched(slot: Slot, mine: Tensor, *, one_trip: bool) -> Any:
+            calls.append((slot, mine.numel()))
+            return own(slot, mine, one_trip=one_trip)
+
+        transport.all_reduce = watched
+        parameters = [nn.Parameter(torch.ones(shape)) for shape in ((40, 30), (50, 20), (6,), (8, 9))]
+        options = {"compressor": "powersgd:rank=1", "exchange": "all_reduce", "bucket_bytes": 1 << 20}
+        with attach(None, torch.optim.SGD(parameters, lr=0.1), transport, **options):
+            set_gradients(parameters, [torch.ones_like(p) for p in parameters])
+        return calls
+
+    for calls in run_ranks(3, rank_main):
+        assert [numel for _, numel in calls] == [4 + 40 + 50 + 8 + 6, 30 + 20 + 9]
+        assert [(slot.bucket, slot.stage) for slot, _ in calls] == [(0, 0), (0, 2)]
+
+
 def test_auto_adds_up_from_three_ranks_on() -> None:
     from gradcomp.bucket import Unit
 

@@ -24,9 +24,10 @@ class Auto(Exchange):
     trip costs as much time as ``trip_bytes`` on the link; two-shot is chosen where it saves more than that. With two
     ranks they send the same, and all-gather compresses once.
 
-    Linear compressors that are more than a plain copy go by all-reduce from three ranks on: it never sends more than
-    all-gather, decodes 1 packet instead of N, and does not compress twice as two-shot does. That is worth PowerSGD's
-    second trip: at 2 ms a trip one decode less pays for it from a million elements on. With two ranks both send P.
+    Linear compressors that are more than a plain copy go by all-reduce from three ranks on. It never sends more than
+    all-gather, does not compress twice as two-shot does, and decodes one packet instead of N: for PowerSGD 0.5 ms less
+    a packet and million elements, so that on 3 ranks a bucket of 2 million pays for a second trip of 2 ms, on more
+    ranks a smaller one. With two ranks both send P, and all-gather has it there in one trip.
 
     Attributes:
         trip_bytes: bytes the link carries in the time of one more trip; the default is 2 ms at 1 Gb/s.
