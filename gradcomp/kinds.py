@@ -12,8 +12,6 @@ import torch
 
 from gradcomp import indices
 from gradcomp.errors import PacketError
-from gradcomp.indices import Coding
-from gradcomp.kernels import native
 from gradcomp.tiles import Tiling
 
 if TYPE_CHECKING:
@@ -196,7 +194,7 @@ def _check_index_set(packet: Packet, start: int, *, signed: bool) -> None:
     expected = indices.choose(packet.count, packet.numel, signed=signed)
     if packet.coding is not expected:
         raise PacketError(f"packet codes its index set as {packet.coding.name}; it must be {expected.name}")
-    if (signed and packet.coding is Coding.MAP) or native.takes(packet.payload):  # added without a list of indices
-        indices.check(packet.payload[start:], packet.count, packet.numel, packet.coding, signed=signed)
-    else:
+    if packet.needs_index_set:
         _ = packet.index_set
+    else:
+        indices.check(packet.payload[start:], packet.count, packet.numel, packet.coding, signed=signed)

@@ -17,6 +17,7 @@ from gradcomp import indices, kernels
 from gradcomp.errors import PacketError
 from gradcomp.indices import Coding
 from gradcomp.interfaces import Buffer
+from gradcomp.kernels import native
 from gradcomp.kinds import MAX_BLOCK, Kind, check, name_of
 
 __all__ = ["HEADER_NBYTES", "MAX_BLOCK", "Coding", "Kind", "Packet"]
@@ -165,6 +166,11 @@ class Packet:
             return found
         return self._index_set
 
+    @property
+    def needs_index_set(self) -> bool:
+        """Whether SIGNS or VALUES are added by way of :attr:`index_set`: where no kernel reads the payload itself."""
+        return not (native.takes(self.payload) or (self.kind == Kind.SIGNS and self.coding is Coding.MAP))
+
     def add_signs(self, out: Tensor, magnitude: float) -> None:
         """``out`` plus ``magnitude`` where this SIGNS packet says +, minus it where it says -; the rest stays as it is.
 
@@ -174,13 +180,15 @@ class Packet:
         Raises:
             PacketError: the payload does not hold a signed set; ``out`` is then unchanged.
         """
-        kernels.add_signs(out, self.payload, self.count, self.coding, magnitude, self._index_set)
+        index_set = self.index_set if self.needs_index_set else None
+        kernels.add_signs(out, self.payload, self.count, self.coding, magnitude, index_set)
 
     def add_values(self, out: Tensor, scale: float) -> None:
         """``out`` plus ``scale`` times the values of this VALUES packet; as :meth:`add_signs`."""
         values = self.payload[: 4 * self.count].view(torch.float32)
         coded = self.payload[4 * self.count :]
-        kernels.add_values(out, coded, self.count, self.coding, values, scale, self._index_set)
+        index_set = self.index_set if self.needs_index_set else None
+        kernels.add_values(out, coded, self.count, self.coding, values, scale, index_set)
 
     def require(self, kind: int) -> None:
         """Raise PacketError unless this is a well-formed packet of that kind: what ``decode_add`` calls first."""
