@@ -6,11 +6,10 @@ them on the CPU where they were built and not turned off. One file a family choo
 
 from __future__ import annotations
 
+from gradcomp.kernels.bits import add_bits, encode_bits, encode_sign_map, encode_signs
 from gradcomp.kernels.reference import (
-    add_bits,
     add_scaled,
     add_sign_map,
-    encode_bits,
     pack_bits,
     sample_largest,
     scatter_signs,
@@ -23,6 +22,8 @@ __all__ = [
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "encode_sign_map",
+    "encode_signs",
     "pack_bits",
     "sample_largest",
     "scatter_signs",

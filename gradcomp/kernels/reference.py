@@ -7,7 +7,14 @@ A kernel that reads all of ``acc`` returns a float instead of its result if it f
 or both infinities, else the infinity.
 """
 
-from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, unpack_bits
+from gradcomp.kernels.reference_bits import (
+    add_bits,
+    encode_bits,
+    encode_sign_map,
+    encode_signs,
+    pack_bits,
+    unpack_bits,
+)
 from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
 from gradcomp.kernels.reference_select import sample_largest, scatter_signs, select_largest, select_threshold
 
@@ -16,6 +23,8 @@ __all__ = [
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "encode_sign_map",
+    "encode_signs",
     "pack_bits",
     "sample_largest",
     "scatter_signs",

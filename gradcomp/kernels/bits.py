@@ -1,0 +1,56 @@
+"""One bit an element, from the fastest backend for the tensors given; :mod:`gradcomp.kernels.reference` defines it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gradcomp.kernels import native, reference
+
+__all__ = ["add_bits", "encode_bits", "encode_sign_map", "encode_signs"]
+
+
+def encode_bits(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    symmetric: bool = False,
+    update: bool = False,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor] | float:
+    """:func:`gradcomp.kernels.reference.encode_bits`, from the fastest backend."""
+    if native.takes(grad):
+        found = native.module.encode_bits(
+            native.floats(grad), residual, block, symmetric, update, native.thread_count(threads)
+        )
+        return found if isinstance(found, float) else (found[0].view(-1, 2), found[1])
+    return reference.encode_bits(grad, residual, block, symmetric, update)
+
+
+def add_bits(
+    out: Tensor,
+    scales: Tensor,
+    bits: Tensor,
+    block: int,
+    addend: Tensor | None = None,
+    threads: int | None = None,
+) -> None:
+    """:func:`gradcomp.kernels.reference.add_bits`, from the fastest backend."""
+    if native.takes(out):
+        added = None if addend is None else native.floats(addend)
+        native.module.add_bits(out, scales.reshape(-1), bits, block, added, native.thread_count(threads))
+    else:
+        reference.add_bits(out, scales, bits, block, addend)
+
+
+def encode_signs(grad: Tensor, threads: int | None = None) -> tuple[Tensor, int] | float:
+    """:func:`gradcomp.kernels.reference.encode_signs`, from the fastest backend."""
+    if native.takes(grad):
+        return native.module.encode_signs(native.floats(grad), native.thread_count(threads))
+    return reference.encode_signs(grad)
+
+
+def encode_sign_map(grad: Tensor, threads: int | None = None) -> Tensor:
+    """:func:`gradcomp.kernels.reference.encode_sign_map`, from the fastest backend."""
+    if native.takes(grad):
+        return native.module.encode_sign_map(native.floats(grad), native.thread_count(threads))
+    return reference.encode_sign_map(grad)
