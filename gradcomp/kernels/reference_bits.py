@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from gradcomp.kernels.reference_chunks import accumulate, chunks, nonfinite_value
-from gradcomp.kernels.reference_sums import lane_sums
+from gradcomp.kernels.reference_sums import robust_sums
 
 __all__ = ["add_bits", "encode_bits", "encode_sign_map", "encode_signs", "pack_bits", "unpack_bits"]
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -55,17 +57,16 @@ def encode_bits(
         negative = rows < 0
         members = torch.full((len(rows),), block, dtype=torch.int64, device=acc.device)
         members[-1] -= padded.numel() - size
-        # In float64: the sum of a block of finite float32 values may not be a finite float32. Their mean is.
-        below, above = (lane_sums(torch.where(half, rows, 0.0)) for half in (negative, ~negative))
+        below, above = (robust_sums(torch.where(half, rows, 0.0)) for half in (negative, ~negative))
         if not bool((above - below).isfinite().all()):
             return nonfinite_value(accumulate(grad, residual, slice(part.start, None), None))
         if symmetric:
-            mean = ((above - below) / members).to(torch.float32)
+            mean = _as_float32((above - below) / members)
             scales.append(torch.stack([0.0 - mean, mean], 1))
         else:
             negatives = negative.sum(1)
             counts = torch.stack([negatives, members - negatives]).clamp(min=1)
-            scales.append((torch.stack([below, above]) / counts).to(torch.float32).t())
+            scales.append(_as_float32(torch.stack([below, above]) / counts).t())
         bits.append(pack_bits(negative.view(-1)[:size]))
     found = torch.cat(scales), torch.cat(bits)
     if update and residual is not None:
@@ -120,3 +121,8 @@ def encode_sign_map(grad: Tensor) -> Tensor:
         top = (code.view(torch.int32) * 0x01041040).view(torch.uint8)[3::4]
         codes.append(top.clone(memory_format=torch.contiguous_format))
     return torch.cat(codes)
+
+
+def _as_float32(means: Tensor) -> Tensor:
+    # Rounded, the mean of the largest float32s may be larger than they are.
+    return means.clamp(-_FLOAT32_MAX, _FLOAT32_MAX).to(torch.float32)

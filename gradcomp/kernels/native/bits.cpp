@@ -13,7 +13,6 @@ namespace {
 
 struct BlockSums {
     double below = 0.0, above = 0.0;  // of the negative elements, and of the others
-    std::size_t negatives = 0;
 };
 
 struct BitsJob {
@@ -33,6 +32,12 @@ struct SignCount {
 struct Outcome {
     bool finite;
 };
+
+// Rounded, the mean of the largest float32s may be larger than they are.
+inline float as_float32(double mean) {
+    constexpr double most = std::numeric_limits<float>::max();
+    return static_cast<float>(mean > most ? most : mean < -most ? -most : mean);
+}
 
 // Bit k of a byte becomes bit 2k.
 inline std::uint32_t spread(std::uint32_t byte) {

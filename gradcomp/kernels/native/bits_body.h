@@ -1,35 +1,32 @@
 #include "sums_body.h"
 
-// One run of at most kRun elements: its sign bits, how many are negative, and the sums of those and of the others. With
-// kUpdate the residual becomes acc. NaN counts as not negative, so the sums are finite only if every element is.
+// One run of at most kRun elements: its sign bits, and the sums of its negative elements and of the others. With kUpdate
+// the residual becomes acc. NaN counts as not negative, so a sum is not finite wherever an element is not.
 template <bool kResidual, bool kUpdate>
-GRADCOMP_INLINE void sum_run(const float *grad, float *residual, std::uint8_t *bits, std::size_t count, BlockSums &sums) {
-    alignas(32) double below[kLanes] = {};
-    alignas(32) double above[kLanes] = {};
+GRADCOMP_INLINE void sum_run(const float *grad, float *residual, std::uint8_t *bits, std::size_t count, float scale,
+                             BlockSums &sums) {
+    alignas(32) float below[kLanes] = {};
+    alignas(32) float above[kLanes] = {};
     std::size_t i = 0;
 #if GRADCOMP_LEVEL >= 2
-    __m256d down[4], up[4];
-    for (int k = 0; k < 4; ++k) down[k] = up[k] = _mm256_setzero_pd();
+    const __m256 zero = _mm256_setzero_ps(), factor = _mm256_set1_ps(scale);
+    __m256 down[2] = {zero, zero}, up[2] = {zero, zero};
     for (; i + kLanes <= count; i += kLanes) {
         for (int half = 0; half < 2; ++half) {
             const std::size_t at = i + 8 * half;
             __m256 acc = _mm256_loadu_ps(grad + at);
             if (kResidual) acc = _mm256_add_ps(_mm256_loadu_ps(residual + at), acc);
             if (kUpdate) _mm256_storeu_ps(residual + at, acc);
-            const __m256 mask = _mm256_cmp_ps(acc, _mm256_setzero_ps(), _CMP_LT_OQ);
-            const int byte = _mm256_movemask_ps(mask);
-            bits[at / 8] = static_cast<std::uint8_t>(byte);
-            sums.negatives += __builtin_popcount(byte);
-            const __m256 negative = _mm256_and_ps(mask, acc), other = _mm256_andnot_ps(mask, acc);
-            down[2 * half] = _mm256_add_pd(down[2 * half], low_half(negative));
-            down[2 * half + 1] = _mm256_add_pd(down[2 * half + 1], high_half(negative));
-            up[2 * half] = _mm256_add_pd(up[2 * half], low_half(other));
-            up[2 * half + 1] = _mm256_add_pd(up[2 * half + 1], high_half(other));
+            const __m256 mask = _mm256_cmp_ps(acc, zero, _CMP_LT_OQ);
+            bits[at / 8] = static_cast<std::uint8_t>(_mm256_movemask_ps(mask));
+            acc = _mm256_mul_ps(acc, factor);
+            down[half] = _mm256_add_ps(down[half], _mm256_and_ps(mask, acc));
+            up[half] = _mm256_add_ps(up[half], _mm256_andnot_ps(mask, acc));
         }
     }
-    for (int k = 0; k < 4; ++k) {
-        _mm256_store_pd(below + 4 * k, down[k]);
-        _mm256_store_pd(above + 4 * k, up[k]);
+    for (int half = 0; half < 2; ++half) {
+        _mm256_store_ps(below + 8 * half, down[half]);
+        _mm256_store_ps(above + 8 * half, up[half]);
     }
 #endif
     for (; i < count; i += 8) {
@@ -40,14 +37,40 @@ GRADCOMP_INLINE void sum_run(const float *grad, float *residual, std::uint8_t *b
             if (kUpdate) residual[i + k] = acc;
             const bool negative = acc < 0.0f;
             byte |= static_cast<std::uint32_t>(negative) << k;
-            below[(i + k) % kLanes] += negative ? acc : 0.0f;
-            above[(i + k) % kLanes] += negative ? 0.0f : acc;
+            below[(i + k) % kLanes] += negative ? acc * scale : 0.0f;
+            above[(i + k) % kLanes] += negative ? 0.0f : acc * scale;
         }
         bits[i / 8] = static_cast<std::uint8_t>(byte);
-        sums.negatives += __builtin_popcount(byte);
     }
-    sums.below += fold_lanes(below);
-    sums.above += fold_lanes(above);
+    sums.below += static_cast<double>(fold_lanes(below));
+    sums.above += static_cast<double>(fold_lanes(above));
+}
+
+template <bool kResidual, bool kUpdate>
+GRADCOMP_INLINE BlockSums sum_block(const float *grad, float *residual, std::uint8_t *bits, std::size_t count,
+                                    float scale) {
+    BlockSums sums;
+    for (std::size_t at = 0; at < count; at += kRun) {
+        const std::size_t length = count - at < kRun ? count - at : kRun;
+        sum_run<kResidual, kUpdate>(grad + at, kResidual ? residual + at : nullptr, bits + at / 8, length, scale, sums);
+    }
+    return sums;
+}
+
+GRADCOMP_INLINE std::size_t count_ones(const std::uint8_t *bits, std::size_t bytes) {
+    std::size_t count = 0, i = 0;
+    for (; i + 8 <= bytes; i += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, bits + i, sizeof word);
+        count += static_cast<std::size_t>(__builtin_popcountll(word));
+    }
+    for (; i < bytes; ++i) count += static_cast<std::size_t>(__builtin_popcount(bits[i]));
+    return count;
+}
+
+// values plus one number where they are negative and another where they are not.
+GRADCOMP_INLINE void add_by_sign(float *values, std::size_t count, float negative, float other) {
+    for (std::size_t i = 0; i < count; ++i) values[i] += values[i] < 0.0f ? negative : other;
 }
 
 // out, plus addend if given, plus one of two values for each element.
@@ -56,14 +79,20 @@ GRADCOMP_INLINE void add_two(float *out, const float *addend, const std::uint8_t
                              float zero) {
     std::size_t i = 0;
 #if GRADCOMP_LEVEL >= 2
-    const __m256i position = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256 if_one = _mm256_set1_ps(one), if_zero = _mm256_set1_ps(zero);
-    for (; i + 8 <= count; i += 8) {
-        const __m256i bit = _mm256_and_si256(_mm256_set1_epi32(bits[i / 8]), position);
-        const __m256 mask = _mm256_castsi256_ps(_mm256_cmpeq_epi32(bit, position));
-        __m256 sum = _mm256_loadu_ps(out + i);
-        if (kAddend) sum = _mm256_add_ps(sum, _mm256_loadu_ps(addend + i));
-        _mm256_storeu_ps(out + i, _mm256_add_ps(sum, _mm256_blendv_ps(if_zero, if_one, mask)));
+    const __m256i first = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    for (; i + 32 <= count; i += 32) {
+        std::int32_t word;
+        std::memcpy(&word, bits + i / 8, sizeof word);
+        const __m256i all = _mm256_set1_epi32(word);
+        for (int k = 0; k < 4; ++k) {
+            // Each lane's bit to the top, which is where blendv looks.
+            const __m256i top = _mm256_sllv_epi32(all, _mm256_sub_epi32(first, _mm256_set1_epi32(8 * k)));
+            __m256 sum = _mm256_loadu_ps(out + i + 8 * k);
+            if (kAddend) sum = _mm256_add_ps(sum, _mm256_loadu_ps(addend + i + 8 * k));
+            sum = _mm256_add_ps(sum, _mm256_blendv_ps(if_zero, if_one, _mm256_castsi256_ps(top)));
+            _mm256_storeu_ps(out + i + 8 * k, sum);
+        }
     }
 #endif
     for (; i < count; ++i) {
@@ -79,24 +108,25 @@ GRADCOMP_INLINE bool encode(const BitsJob &job, std::size_t start, std::size_t s
         const std::size_t count = stop - at < job.block ? stop - at : job.block;
         std::uint8_t *bits = job.bits + at / 8;
         float *residual = kResidual ? job.residual + at : nullptr;
-        BlockSums sums;
-        for (std::size_t run = 0; run < count; run += kRun) {
-            const std::size_t length = count - run < kRun ? count - run : kRun;
-            sum_run<kResidual, kUpdate>(job.grad + at + run, kResidual ? residual + run : nullptr, bits + run / 8, length,
-                                        sums);
+        BlockSums sums = sum_block<kResidual, kUpdate>(job.grad + at, residual, bits, count, 1.0f);
+        if (!std::isfinite(sums.above) || !std::isfinite(sums.below)) {
+            // The sum of finite numbers may not be a float32. With kUpdate the residual is acc by now.
+            const float *again = kUpdate ? residual : job.grad + at;
+            const BlockSums small = sum_block<kResidual && !kUpdate, false>(again, residual, bits, count, kScaleDown);
+            if (!std::isfinite(sums.above)) sums.above = small.above * kScaleUp;
+            if (!std::isfinite(sums.below)) sums.below = small.below * kScaleUp;
+            if (!std::isfinite(sums.above) || !std::isfinite(sums.below)) return false;
         }
-        const double magnitude = sums.above - sums.below;
-        if (!(magnitude <= std::numeric_limits<double>::max())) return false;
         float *scales = job.scales + 2 * (at / job.block);
         if (job.symmetric) {
-            scales[1] = static_cast<float>(magnitude / static_cast<double>(count));
+            scales[1] = as_float32((sums.above - sums.below) / static_cast<double>(count));
             scales[0] = 0.0f - scales[1];
         } else {
-            const std::size_t others = count - sums.negatives;
-            scales[0] = static_cast<float>(sums.below / static_cast<double>(sums.negatives ? sums.negatives : 1));
-            scales[1] = static_cast<float>(sums.above / static_cast<double>(others ? others : 1));
+            const std::size_t negatives = count_ones(bits, count / 8 + (count % 8 != 0)), others = count - negatives;
+            scales[0] = as_float32(sums.below / static_cast<double>(negatives ? negatives : 1));
+            scales[1] = as_float32(sums.above / static_cast<double>(others ? others : 1));
         }
-        if (kUpdate) add_two<false>(residual, nullptr, bits, count, -scales[0], -scales[1]);
+        if (kUpdate) add_by_sign(residual, count, -scales[0], -scales[1]);
     }
     return true;
 }
