@@ -6,6 +6,7 @@ them on the CPU where they were built and not turned off. One file a family choo
 
 from __future__ import annotations
 
+from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
 from gradcomp.kernels.reference import (
     add_bits,
     add_scaled,
@@ -20,9 +21,13 @@ from gradcomp.kernels.select import select_largest, select_threshold
 
 __all__ = [
     "add_bits",
+    "add_codes",
+    "add_float8",
+    "add_levels",
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "find_code",
     "pack_bits",
     "sample_largest",
     "scatter_signs",

@@ -8,3 +8,36 @@ def split(numel: int, align: int, threads: int) -> list[int]: ...
 def select_threshold(
     grad: Tensor, residual: Tensor | None, tau: float, level: str = ...
 ) -> tuple[Tensor, Tensor] | float: ...
+def add_levels(
+    out: Tensor,
+    parameters: Tensor,
+    codes: Tensor,
+    bits: int,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def add_codes(
+    out: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    bits: int,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def add_float8(
+    out: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def find_code(packed: Tensor, count: int, bits: int, mask: int, threads: int = 1, level: str = ...) -> bool: ...

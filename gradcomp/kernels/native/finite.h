@@ -28,6 +28,17 @@ inline float float_of(std::uint32_t bits) {
     return result;
 }
 
+// Position of the lowest bit set; word must not be 0.
+inline unsigned trailing_zeros(std::uint64_t word) {
+#if defined(__GNUC__) || defined(__clang__)
+    return static_cast<unsigned>(__builtin_ctzll(word));
+#else
+    unsigned position = 0;
+    for (; (word & 1) == 0; word >>= 1) ++position;
+    return position;
+#endif
+}
+
 // The largest magnitude in grad, as bits; above kInfinity if there is a NaN.
 std::uint32_t largest_magnitude(const float *grad, std::size_t numel, Level level, int threads);
 
@@ -43,7 +54,8 @@ auto sweep_safely(const float *grad, std::size_t numel, bool update, Level level
     if (!update) return sweep(false);
     if (largest_magnitude(grad, numel, level, threads) < kHarmless) return sweep(true);
     auto result = sweep(false);
-    return result.finite ? sweep(true) : result;
+    if (!result.finite) return result;
+    return sweep(true);
 }
 
 }  // namespace gradcomp

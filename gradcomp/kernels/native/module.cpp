@@ -32,6 +32,7 @@ Level level_named(const std::string &name) {
     throw std::invalid_argument("level must be generic, avx2 or avx512, not " + name);
 }
 
+void bind_codes(nb::module_ &module);
 void bind_select(nb::module_ &module);
 
 }  // namespace gradcomp
@@ -40,5 +41,6 @@ NB_MODULE(_native, module) {
     using namespace gradcomp;
     module.attr("LEVEL") = name_of(best_level());
     module.def("split", &split, "numel"_a, "align"_a, "threads"_a);
+    bind_codes(module);
     bind_select(module);
 }

@@ -1,0 +1,84 @@
+// Codes of 1 to 8 bits, packed lowest bits first: eight of them, a group, take `bits` bytes. Unused bits are 0.
+//
+// Plain arithmetic on words of eight bytes: inlined into a body file's functions it is compiled for their level.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace gradcomp {
+
+constexpr std::size_t kCodesAtOnce = 1024;  // unpacked at a time, a byte each; a multiple of 8
+
+inline std::size_t packed_nbytes(std::size_t count, unsigned bits) { return count / 8 * bits + (count % 8 * bits + 7) / 8; }
+
+// Eight bytes below 2^bits to 8 * bits bits: neighbours move together in pairs, then fours, then all eight.
+inline __attribute__((always_inline)) std::uint64_t pack_group(std::uint64_t word, unsigned bits) {
+    const unsigned gap = 8 - bits;
+    const std::uint64_t pair = 0x0001000100010001u * ((std::uint64_t{1} << 2 * bits) - 1);
+    const std::uint64_t four = 0x0000000100000001u * ((std::uint64_t{1} << 4 * bits) - 1);
+    word = (word | word >> gap) & pair;
+    word = (word | word >> 2 * gap) & four;
+    return (word & 0xffffffffu) | (word >> 32 << 4 * bits);
+}
+
+// The inverse.
+inline __attribute__((always_inline)) std::uint64_t unpack_group(std::uint64_t word, unsigned bits) {
+    const unsigned gap = 8 - bits;
+    const std::uint64_t half = (std::uint64_t{1} << 4 * bits) - 1;
+    const std::uint64_t pair = 0x0000000100000001u * ((std::uint64_t{1} << 2 * bits) - 1);
+    const std::uint64_t one = 0x0001000100010001u * ((std::uint64_t{1} << bits) - 1);
+    word = (word & half) | (word >> 4 * bits & half) << 32;
+    word = (word & pair) | (word & pair << 2 * bits) << 2 * gap;
+    return (word & one) | (word & one << bits) << gap;
+}
+
+// Packs `count` codes, one a byte, each below 2^bits. Reads up to the next multiple of 8, where there must be zeros.
+inline __attribute__((always_inline)) void pack_codes(const std::uint8_t *codes, std::size_t count, unsigned bits,
+                                                      std::uint8_t *packed) {
+    const std::size_t nbytes = packed_nbytes(count, bits);
+    if (bits == 8) {
+        std::memcpy(packed, codes, nbytes);
+        return;
+    }
+    std::size_t at = 0;
+    for (; at + 8 <= nbytes; at += bits, codes += 8) {  // writes eight bytes: the next group overwrites what is too much
+        std::uint64_t word;
+        std::memcpy(&word, codes, 8);
+        word = pack_group(word, bits);
+        std::memcpy(packed + at, &word, 8);
+    }
+    for (; at < nbytes; codes += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, codes, 8);
+        word = pack_group(word, bits);
+        for (unsigned k = 0; k < bits && at < nbytes; ++k) packed[at++] = static_cast<std::uint8_t>(word >> 8 * k);
+    }
+}
+
+// The inverse. Writes up to the next multiple of 8.
+inline __attribute__((always_inline)) void unpack_codes(const std::uint8_t *packed, std::size_t count, unsigned bits,
+                                                        std::uint8_t *codes) {
+    const std::size_t nbytes = packed_nbytes(count, bits);
+    if (bits == 8) {
+        std::memcpy(codes, packed, nbytes);
+        return;
+    }
+    std::size_t at = 0;
+    for (; at + 8 <= nbytes; at += bits, codes += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, packed + at, 8);
+        word = unpack_group(word, bits);
+        std::memcpy(codes, &word, 8);
+    }
+    for (; at < nbytes; codes += 8) {
+        std::uint64_t word = 0;
+        for (unsigned k = 0; k < bits && at < nbytes; ++k) word |= std::uint64_t{packed[at++]} << 8 * k;
+        word = unpack_group(word, bits);
+        std::memcpy(codes, &word, 8);
+    }
+}
+
+}  // namespace gradcomp
