@@ -7,6 +7,7 @@ them on the CPU where they were built and not turned off. One file a family choo
 from __future__ import annotations
 
 from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
+from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference import (
     add_bits,
     add_scaled,
@@ -27,6 +28,10 @@ __all__ = [
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "encode_float8",
+    "encode_int8",
+    "encode_levels",
+    "encode_ternary",
     "find_code",
     "pack_bits",
     "sample_largest",

@@ -41,3 +41,36 @@ def add_float8(
     level: str = ...,
 ) -> None: ...
 def find_code(packed: Tensor, count: int, bits: int, mask: int, threads: int = 1, level: str = ...) -> bool: ...
+def encode_levels(
+    grad: Tensor,
+    residual: Tensor | None,
+    bits: int,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_int8(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_float8(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_ternary(
+    grad: Tensor,
+    residual: Tensor | None,
+    tau: float,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...

@@ -17,6 +17,7 @@ from gradcomp.kernels.reference_codes import (
     unpack_codes,
 )
 from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
+from gradcomp.kernels.reference_quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference_select import sample_largest, scatter_signs, select_largest, select_threshold
 
 __all__ = [
@@ -27,6 +28,10 @@ __all__ = [
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "encode_float8",
+    "encode_int8",
+    "encode_levels",
+    "encode_ternary",
     "find_code",
     "pack_bits",
     "pack_codes",

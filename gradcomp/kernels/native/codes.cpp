@@ -18,6 +18,7 @@ struct Coded {
     Form form;
     const float *parameters;  // one a block, or two: low, step
     const std::uint8_t *codes;
+    std::size_t nbytes;  // of codes
     unsigned bits;
     std::size_t block;  // never 0
 };
@@ -39,7 +40,8 @@ void add(const MutableFloats &out, const Floats &parameters, const Bytes &codes,
     }
     if (codes.shape(0) != packed_nbytes(numel, bits)) throw std::invalid_argument("codes do not fit out");
     const Level level = level_named(level_name);
-    const Coded coded{form, parameters.data(), codes.data(), bits, block ? block : std::max<std::size_t>(numel, 1)};
+    const Coded coded{form, parameters.data(), codes.data(), codes.shape(0), bits,
+                       block ? block : std::max<std::size_t>(numel, 1)};
     nb::gil_scoped_release released;
     parallel(split(numel, 64, threads), [&](std::size_t, std::size_t start, std::size_t stop) {
         GRADCOMP_AT(level, add_any)(out.data(), addend ? addend->data() : nullptr, coded, scale, start, stop);

@@ -17,11 +17,9 @@ inline std::size_t packed_nbytes(std::size_t count, unsigned bits) { return coun
 // Eight bytes below 2^bits to 8 * bits bits: neighbours move together in pairs, then fours, then all eight.
 inline __attribute__((always_inline)) std::uint64_t pack_group(std::uint64_t word, unsigned bits) {
     const unsigned gap = 8 - bits;
-    const std::uint64_t pair = 0x0001000100010001u * ((std::uint64_t{1} << 2 * bits) - 1);
-    const std::uint64_t four = 0x0000000100000001u * ((std::uint64_t{1} << 4 * bits) - 1);
-    word = (word | word >> gap) & pair;
-    word = (word | word >> 2 * gap) & four;
-    return (word & 0xffffffffu) | (word >> 32 << 4 * bits);
+    word = (word & 0x00ff00ff00ff00ffu) | (word & 0xff00ff00ff00ff00u) >> gap;
+    word = (word & 0x0000ffff0000ffffu) | (word & 0xffff0000ffff0000u) >> 2 * gap;
+    return (word & 0x00000000ffffffffu) | (word & 0xffffffff00000000u) >> 4 * gap;
 }
 
 // The inverse.
