@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "levels.h"
+
 namespace gradcomp {
 
 constexpr std::size_t kCodesAtOnce = 1024;  // unpacked at a time, a byte each; a multiple of 8
@@ -32,6 +34,28 @@ inline __attribute__((always_inline)) std::uint64_t unpack_group(std::uint64_t w
     word = (word & pair) | (word & pair << 2 * bits) << 2 * gap;
     return (word & one) | (word & one << bits) << gap;
 }
+
+#if GRADCOMP_X86
+// Packs whole vectors of 32 codes as long as there is room to write eight bytes a group; how many codes that were.
+__attribute__((target("avx2"), always_inline)) inline std::size_t pack_vectors(const std::uint8_t *codes,
+                                                                               std::size_t nbytes, unsigned bits,
+                                                                               std::uint8_t *packed) {
+    const __m256i two = _mm256_set1_epi16(static_cast<short>(1 | 1 << (bits + 8)));  // bytes 1, 2^bits
+    const __m256i four = _mm256_set1_epi32(1 | 1 << (2 * bits + 16));                 // words 1, 4^bits
+    const __m256i low = _mm256_set1_epi64x(0xffffffff);
+    const __m128i gap = _mm_cvtsi32_si128(static_cast<int>(32 - 4 * bits));
+    std::size_t done = 0;
+    for (std::size_t at = 0; at + 3 * bits + 8 <= nbytes; at += 4 * bits, done += 32) {
+        const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i *>(codes + done));
+        const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(two, bytes), four);
+        const __m256i eights = _mm256_or_si256(_mm256_and_si256(fours, low), _mm256_srl_epi64(_mm256_andnot_si256(low, fours), gap));
+        alignas(32) std::uint64_t words[4];
+        _mm256_store_si256(reinterpret_cast<__m256i *>(words), eights);
+        for (unsigned k = 0; k < 4; ++k) std::memcpy(packed + at + k * bits, words + k, 8);
+    }
+    return done;
+}
+#endif
 
 // Packs `count` codes, one a byte, each below 2^bits. Reads up to the next multiple of 8, where there must be zeros.
 inline __attribute__((always_inline)) void pack_codes(const std::uint8_t *codes, std::size_t count, unsigned bits,
