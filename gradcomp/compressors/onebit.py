@@ -72,9 +72,7 @@ def encode_bits_packet(
     found = kernels.encode_bits(flat, residual, block, symmetric=symmetric, update=update)
     if isinstance(found, float):
         return Packet.nonfinite(found, flat.numel(), flat.device)
-    scales, bits = found
-    payload = torch.cat([scales.view(-1).view(torch.uint8), bits])
-    return Packet(kind=Kind.BITS, numel=flat.numel(), payload=payload, block=block, _checked=True)
+    return Packet(kind=Kind.BITS, numel=flat.numel(), payload=found, block=block, _checked=True)
 
 
 def add_bits_packet(packet: Packet, out: Tensor, block: int, scale: float, addend: Tensor | None = None) -> None:

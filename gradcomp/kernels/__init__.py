@@ -7,6 +7,8 @@ them on the CPU where they were built and not turned off. One file a family choo
 from __future__ import annotations
 
 from gradcomp.kernels.bits import add_bits, encode_bits, encode_sign_map, encode_signs
+from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
+from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference import (
     add_scaled,
     add_sign_map,
@@ -19,11 +21,19 @@ from gradcomp.kernels.select import select_largest, select_threshold
 
 __all__ = [
     "add_bits",
+    "add_codes",
+    "add_float8",
+    "add_levels",
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "encode_float8",
+    "encode_int8",
+    "encode_levels",
     "encode_sign_map",
     "encode_signs",
+    "encode_ternary",
+    "find_code",
     "pack_bits",
     "sample_largest",
     "scatter_signs",

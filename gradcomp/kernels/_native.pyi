@@ -13,7 +13,7 @@ def encode_bits(
     update: bool,
     threads: int,
     level: str = ...,
-) -> tuple[Tensor, Tensor] | float: ...
+) -> Tensor | float: ...
 def add_bits(
     out: Tensor,
     scales: Tensor,
@@ -28,3 +28,69 @@ def encode_sign_map(grad: Tensor, threads: int, level: str = ...) -> Tensor: ...
 def select_threshold(
     grad: Tensor, residual: Tensor | None, tau: float, level: str = ...
 ) -> tuple[Tensor, Tensor] | float: ...
+def add_levels(
+    out: Tensor,
+    parameters: Tensor,
+    codes: Tensor,
+    bits: int,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def add_codes(
+    out: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    bits: int,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def add_float8(
+    out: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def find_code(packed: Tensor, count: int, bits: int, mask: int, threads: int = 1, level: str = ...) -> bool: ...
+def encode_levels(
+    grad: Tensor,
+    residual: Tensor | None,
+    bits: int,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_int8(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_float8(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_ternary(
+    grad: Tensor,
+    residual: Tensor | None,
+    tau: float,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...

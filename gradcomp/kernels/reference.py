@@ -15,20 +15,39 @@ from gradcomp.kernels.reference_bits import (
     pack_bits,
     unpack_bits,
 )
+from gradcomp.kernels.reference_codes import (
+    add_codes,
+    add_float8,
+    add_levels,
+    find_code,
+    pack_codes,
+    unpack_codes,
+)
 from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
+from gradcomp.kernels.reference_quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference_select import sample_largest, scatter_signs, select_largest, select_threshold
 
 __all__ = [
     "add_bits",
+    "add_codes",
+    "add_float8",
+    "add_levels",
     "add_scaled",
     "add_sign_map",
     "encode_bits",
+    "encode_float8",
+    "encode_int8",
+    "encode_levels",
     "encode_sign_map",
     "encode_signs",
+    "encode_ternary",
+    "find_code",
     "pack_bits",
+    "pack_codes",
     "sample_largest",
     "scatter_signs",
     "select_largest",
     "select_threshold",
     "unpack_bits",
+    "unpack_codes",
 ]

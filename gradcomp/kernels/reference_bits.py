@@ -35,7 +35,7 @@ def encode_bits(
     block: int,
     symmetric: bool = False,
     update: bool = False,
-) -> tuple[Tensor, Tensor] | float:
+) -> Tensor | float:
     """A sign bit an element, and for each block what its two values stand for.
 
     Args:
@@ -45,7 +45,7 @@ def encode_bits(
         update: also make the residual what ``add_bits(residual, -scales, bits, block, addend=grad)`` makes it.
 
     Returns:
-        Scales, float32 [blocks, 2]; bits as :func:`pack_bits`, 1 where acc < 0. Or a float if acc is not finite.
+        Float32 scales, two a block, as bytes, then bits as :func:`pack_bits`, 1 where acc < 0; or a float.
     """
     scales, bits = [grad.new_empty((0, 2), dtype=torch.float32)], [grad.new_empty(0, dtype=torch.uint8)]
     block = min(block, max(-(-grad.numel() // 8) * 8, 8))  # no padding to a block that is never full
@@ -68,10 +68,9 @@ def encode_bits(
             counts = torch.stack([negatives, members - negatives]).clamp(min=1)
             scales.append(_as_float32(torch.stack([below, above]) / counts).t())
         bits.append(pack_bits(negative.view(-1)[:size]))
-    found = torch.cat(scales), torch.cat(bits)
     if update and residual is not None:
-        add_bits(residual, -found[0], found[1], block, addend=grad)
-    return found
+        add_bits(residual, -torch.cat(scales), torch.cat(bits), block, addend=grad)
+    return torch.cat([*(pair.reshape(-1).view(torch.uint8) for pair in scales), *bits])
 
 
 def add_bits(

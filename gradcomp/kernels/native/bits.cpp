@@ -60,9 +60,10 @@ nb::object encode_bits(const Floats &grad, const std::optional<MutableFloats> &r
     require_block(block);
     const Level level = level_named(level_name);
     const std::size_t blocks = numel / block + (numel % block != 0), bytes = numel / 8 + (numel % 8 != 0);
-    auto scales = new_array<float>(2 * blocks);
-    auto bits = new_array<std::uint8_t>(bytes);
-    const BitsJob job{grad.data(), residual ? residual->data() : nullptr, block, symmetric, scales.get(), bits.get()};
+    const std::size_t scales_nbytes = blocks * 2 * sizeof(float);
+    auto payload = new_array<std::uint8_t>(scales_nbytes + bytes);
+    const BitsJob job{grad.data(), residual ? residual->data() : nullptr, block, symmetric,
+                      reinterpret_cast<float *>(payload.get()), payload.get() + scales_nbytes};
     bool finite = true;
     float nonfinite = 0.0f;
     {
@@ -79,7 +80,7 @@ nb::object encode_bits(const Floats &grad, const std::optional<MutableFloats> &r
         if (!finite) nonfinite = sum_nonfinite(job.grad, job.residual, numel);
     }
     if (!finite) return nb::float_(nonfinite);
-    return nb::make_tuple(as_tensor(std::move(scales), 2 * blocks), as_tensor(std::move(bits), bytes));
+    return nb::cast(as_tensor(std::move(payload), scales_nbytes + bytes));
 }
 
 void add_bits(const MutableFloats &out, const Floats &scales, const Bytes &bits, std::size_t block,
