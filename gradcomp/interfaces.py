@@ -114,8 +114,9 @@ class Compressor(Configured, ABC):
     def aggregate(self, total: Tensor) -> None:
         """Make of ``total``, to which all ranks' packets were added, what counts as their sum; in place.
 
-        Most do nothing; it is for compressors whose result is no sum, such as a vote. Called wherever packets of several
-        ranks, or packets of such results, were added up, with float32, flat; not if one of them was not finite.
+        Most do nothing; it is for compressors whose result is no sum, such as a vote. Called wherever packets of
+        several ranks, or packets of such results, were added up, with float32, flat; not if one of them was not
+        finite.
         """
 
     @final

@@ -36,6 +36,7 @@ class Kind(IntEnum):
     LEVELS = 8  # two float32 a block, low and step; codes: low + code * step
     CODES = 9  # a float32 scale a block, or scalar for all; signed codes: scale * code
     FLOAT8 = 10  # a float32 scale a block; float8_e4m3fn codes: scale * code
+    POWERS = 11  # a float32 power of two a block; a byte an element: sign, and powers of two below that
 
 
 def name_of(kind: int) -> str:
@@ -128,6 +129,15 @@ def _float8(packet: Packet) -> None:
     _expect_no_code(packet, 0x7F)
 
 
+def _powers(packet: Packet) -> None:
+    _expect_zero(packet, "count", "coding", "scalar")
+    _expect_bits(packet, 8)
+    _expect_block(packet)
+    scale = _expect_codes(packet, 1).view(torch.int32)
+    _expect_all((scale & 0x7FFFFF == 0) & (scale >= 127 << 23), "a scale that is no power of two in 1..2**127")
+    _expect_no_code(packet, 0xFF)
+
+
 _CHECKS: dict[int, Callable[[Packet], None]] = {
     Kind.DENSE_F32: _dense(4),
     Kind.DENSE_F16: _dense(2),
@@ -139,6 +149,7 @@ _CHECKS: dict[int, Callable[[Packet], None]] = {
     Kind.LEVELS: _levels,
     Kind.CODES: _codes,
     Kind.FLOAT8: _float8,
+    Kind.POWERS: _powers,
 }
 
 

@@ -18,20 +18,24 @@ from gradcomp.kernels.reference import (
     unpack_bits,
 )
 from gradcomp.kernels.select import select_largest, select_threshold
+from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
 
 __all__ = [
     "add_bits",
     "add_codes",
     "add_float8",
     "add_levels",
+    "add_powers",
     "add_scaled",
     "add_sign_map",
     "encode_bits",
     "encode_float8",
     "encode_int8",
     "encode_levels",
+    "encode_powers",
     "encode_sign_map",
     "encode_signs",
+    "encode_stochastic",
     "encode_ternary",
     "find_code",
     "pack_bits",

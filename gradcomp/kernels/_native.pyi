@@ -94,3 +94,38 @@ def encode_ternary(
     threads: int = 1,
     level: str = ...,
 ) -> Tensor | float: ...
+def encode_stochastic(
+    grad: Tensor,
+    residual: Tensor | None,
+    levels: int,
+    block: int,
+    l2: bool,
+    clip: float,
+    limit: float,
+    key: int,
+    step: int,
+    update: bool,
+    threads: int,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_powers(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    key: int,
+    step: int,
+    update: bool,
+    threads: int,
+    level: str = ...,
+) -> Tensor | float: ...
+def add_powers(
+    out: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    block: int,
+    scale: float,
+    addend: Tensor | None,
+    threads: int,
+    level: str = ...,
+) -> None: ...
+def random_halves(key: int, step: int, start: int, count: int, level: str = ...) -> Tensor: ...

@@ -25,25 +25,31 @@ from gradcomp.kernels.reference_codes import (
 )
 from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
 from gradcomp.kernels.reference_quantize import encode_float8, encode_int8, encode_levels, encode_ternary
+from gradcomp.kernels.reference_random import random_halves
 from gradcomp.kernels.reference_select import sample_largest, scatter_signs, select_largest, select_threshold
+from gradcomp.kernels.reference_stochastic import add_powers, encode_powers, encode_stochastic
 
 __all__ = [
     "add_bits",
     "add_codes",
     "add_float8",
     "add_levels",
+    "add_powers",
     "add_scaled",
     "add_sign_map",
     "encode_bits",
     "encode_float8",
     "encode_int8",
     "encode_levels",
+    "encode_powers",
     "encode_sign_map",
     "encode_signs",
+    "encode_stochastic",
     "encode_ternary",
     "find_code",
     "pack_bits",
     "pack_codes",
+    "random_halves",
     "sample_largest",
     "scatter_signs",
     "select_largest",

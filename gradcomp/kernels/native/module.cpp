@@ -36,6 +36,7 @@ void bind_bits(nb::module_ &module);
 void bind_codes(nb::module_ &module);
 void bind_quantize(nb::module_ &module);
 void bind_select(nb::module_ &module);
+void bind_stochastic(nb::module_ &module);
 
 }  // namespace gradcomp
 
@@ -47,4 +48,5 @@ NB_MODULE(_native, module) {
     bind_codes(module);
     bind_quantize(module);
     bind_select(module);
+    bind_stochastic(module);
 }
