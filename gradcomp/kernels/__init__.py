@@ -7,10 +7,10 @@ them on the CPU where they were built and not turned off. One file a family choo
 from __future__ import annotations
 
 from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
+from gradcomp.kernels.dense import add_scaled, cast
 from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference import (
     add_bits,
-    add_scaled,
     add_sign_map,
     encode_bits,
     pack_bits,
@@ -27,6 +27,7 @@ __all__ = [
     "add_levels",
     "add_scaled",
     "add_sign_map",
+    "cast",
     "encode_bits",
     "encode_float8",
     "encode_int8",

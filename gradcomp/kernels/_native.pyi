@@ -74,3 +74,13 @@ def encode_ternary(
     threads: int = 1,
     level: str = ...,
 ) -> Tensor | float: ...
+def cast(grad: Tensor, dtype: str, threads: int = 1, level: str = ...) -> Tensor: ...
+def add_scaled(
+    out: Tensor,
+    payload: Tensor,
+    dtype: str,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...

@@ -33,6 +33,7 @@ Level level_named(const std::string &name) {
 }
 
 void bind_codes(nb::module_ &module);
+void bind_dense(nb::module_ &module);
 void bind_quantize(nb::module_ &module);
 void bind_select(nb::module_ &module);
 
@@ -43,6 +44,7 @@ NB_MODULE(_native, module) {
     module.attr("LEVEL") = name_of(best_level());
     module.def("split", &split, "numel"_a, "align"_a, "threads"_a);
     bind_codes(module);
+    bind_dense(module);
     bind_quantize(module);
     bind_select(module);
 }
