@@ -1,12 +1,12 @@
 """Block-scaled 8-bit floats: a byte an element, a scale a block.
 
-P. Micikevicius et al., "FP8 formats for deep learning", arXiv 2209.05433, 2022, for the type: e4m3 has a sign, 4 bits of
-exponent and 3 of mantissa, no infinity, and 448 as its largest value.
+P. Micikevicius et al., "FP8 formats for deep learning", arXiv 2209.05433, 2022, for the type: e4m3 has a sign, 4 bits
+of exponent and 3 of mantissa, no infinity, and 448 as its largest value.
 
-With ``acc = grad + residual``, cut into blocks of ``block`` elements: ``scale = max|acc| / 448``, ``code`` is ``acc / scale``
-cast to float8_e4m3fn, to nearest, ties to even; ``decoded = scale * code`` and ``residual = acc - decoded``. The relative
-error is at most 1/16 down to 2**-6 / 448 = 3.5e-5 of the block's largest: better than ``int8`` where magnitudes differ
-much within a block, worse where they do not.
+With ``acc = grad + residual``, cut into blocks of ``block`` elements: ``scale = max|acc| / 448``, ``code`` is
+``acc / scale`` cast to float8_e4m3fn, to nearest, ties to even; ``decoded = scale * code`` and ``residual = acc -
+decoded``. The relative error is at most 1/16 down to 2**-6 / 448 = 3.5e-5 of the block's largest: better than ``int8``
+where magnitudes differ much within a block, worse where they do not.
 
 Wire: a FLOAT8 packet. For each block a float32 scale; then a byte an element. With blocks of 1024 that is 8.03 bits an
 element.

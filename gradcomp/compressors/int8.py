@@ -1,14 +1,14 @@
 """Block-scaled 8-bit integers: a byte an element, a scale a block.
 
-T. Dettmers, "8-bit approximations for parallelism in deep learning", ICLR 2016, compares 8-bit types for gradients on the
-wire; this is the linear one, with a scale for each block and error feedback.
+T. Dettmers, "8-bit approximations for parallelism in deep learning", ICLR 2016, compares 8-bit types for gradients on
+the wire; this is the linear one, with a scale for each block and error feedback.
 
 With ``acc = grad + residual``, cut into blocks of ``block`` elements: ``scale = max|acc| / 127``,
 ``code = round(acc / scale)`` to nearest, ties to even, in -127..127, ``decoded = scale * code`` and
 ``residual = acc - decoded``. 0 stays 0, and an element's error is at most half a scale.
 
-Wire: a CODES packet with 8 bits. For each block a float32 scale; then a byte an element, code + 127. With blocks of 1024
-that is 8.03 bits an element.
+Wire: a CODES packet with 8 bits. For each block a float32 scale; then a byte an element, code + 127. With blocks of
+1024 that is 8.03 bits an element.
 """
 
 from __future__ import annotations

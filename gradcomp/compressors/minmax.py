@@ -4,13 +4,14 @@ I. Markov, H. Ramezanikebrya, D. Alistarh, "CGX: adaptive system support for com
 Middleware 2022.
 
 With ``acc = grad + residual``, cut into blocks of ``block`` elements, and ``last = 2**bits - 1``:
-``low = min(acc)``, ``step = (max(acc) - low) / last``, ``code = round((acc - low) / step)`` to nearest, ties to even, and
-``decoded = low + code * step``. The error of an element is at most half a step; ``residual = acc - decoded``.
+``low = min(acc)``, ``step = (max(acc) - low) / last``, ``code = round((acc - low) / step)`` to nearest, ties to even,
+and ``decoded = low + code * step``. The error of an element is at most half a step; ``residual = acc - decoded``.
 
-A block whose elements are all equal has step 0 and is sent exactly.
+A block whose elements are all equal has step 0 and is sent exactly. With 1 bit and error feedback the residual is not
+bounded: it may be as wide as its block was, and widens the next one. From 2 bits on it is a third as wide at most.
 
-Wire: a LEVELS packet. For each block float32 low and float32 step; then ``bits`` bits an element, lowest bits first. With
-4 bits and blocks of 1024 that is 4.06 bits an element.
+Wire: a LEVELS packet. For each block float32 low and float32 step; then ``bits`` bits an element, lowest bits first.
+With 4 bits and blocks of 1024 that is 4.06 bits an element.
 """
 
 from __future__ import annotations

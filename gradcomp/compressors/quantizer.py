@@ -1,6 +1,7 @@
 """What the dense quantizers share: a code of a few bits for every element, error feedback, one kernel each way.
 
-Wire: packets of kind LEVELS, CODES or FLOAT8: the parameters of each block in float32, then the codes, lowest bits first.
+Wire: packets of kind LEVELS, CODES or FLOAT8: the parameters of each block in float32, then the codes, lowest bits
+first.
 """
 
 from __future__ import annotations

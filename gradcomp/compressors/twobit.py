@@ -1,16 +1,16 @@
 """Two-bit compression: plus tau, minus tau or nothing, for every element.
 
 T. Chen et al., "MXNet: a flexible and efficient machine learning library for heterogeneous distributed systems", NIPS
-workshop on machine learning systems, 2015; the scheme is that of its documentation, "Gradient compression" (2017), after
-N. Strom, "Scalable distributed DNN training using commodity GPU cloud computing", Interspeech 2015.
+workshop on machine learning systems, 2015; the scheme is that of its documentation, "Gradient compression" (2017),
+after N. Strom, "Scalable distributed DNN training using commodity GPU cloud computing", Interspeech 2015.
 
-With ``acc = grad + residual``: an element with ``acc >= tau`` is sent as +tau, one with ``acc <= -tau`` as -tau, any other
-as 0; ``residual = acc - sent``. ``threshold`` sends the same in fewer bytes where few elements pass; here the size does
-not depend on the gradient: 2 bits an element. tau should be near what a gradient's elements are: much more is sent late,
-and of elements that stay above tau the residual grows without bound.
+With ``acc = grad + residual``: an element with ``acc >= tau`` is sent as +tau, one with ``acc <= -tau`` as -tau, any
+other as 0; ``residual = acc - sent``. ``threshold`` sends the same in fewer bytes where few elements pass; here the
+size does not depend on the gradient: 2 bits an element. tau should be near what a gradient's elements are: with a much
+larger one all is sent late, and where elements stay above it the residual grows without bound.
 
-Wire: a CODES packet with 2 bits and one scale for all, tau, in the header; 00 nothing, 01 plus, 10 minus, four elements to a
-byte, lowest bits first.
+Wire: a CODES packet with 2 bits and one scale for all, tau, in the header; 00 nothing, 01 plus, 10 minus, four elements
+to a byte, lowest bits first.
 """
 
 from __future__ import annotations

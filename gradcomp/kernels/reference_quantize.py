@@ -22,9 +22,7 @@ _Quantized = tuple[Tensor, Tensor, Tensor]
 _LESS = 1.0 - 2.0**-22
 
 
-def encode_levels(
-    grad: Tensor, residual: Tensor | None, bits: int, block: int, update: bool = False
-) -> Tensor | float:
+def encode_levels(grad: Tensor, residual: Tensor | None, bits: int, block: int, update: bool = False) -> Tensor | float:
     """The nearest of 2**bits levels, evenly between the lowest and the highest acc of each block.
 
     Args:
