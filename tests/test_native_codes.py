@@ -133,5 +133,5 @@ def test_find_code(bits: int, numel: int) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(parameters: Tensor, codes: Tensor, bits: int, block: int) -> None:
-    with pytest.raises(ValueError, match="bits|block|fit"):
+    with pytest.raises(ValueError, match=r"bits|block|fit"):
         native.module.add_codes(torch.zeros(16), parameters, codes, bits, block, 1.0)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from gradcomp.kernels.bits import add_bits, encode_bits, encode_sign_map, encode_signs
 from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
+from gradcomp.kernels.dense import add_scaled, cast
 from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference import (
-    add_scaled,
     add_sign_map,
     pack_bits,
     sample_largest,
@@ -28,6 +28,7 @@ __all__ = [
     "add_powers",
     "add_scaled",
     "add_sign_map",
+    "cast",
     "encode_bits",
     "encode_float8",
     "encode_int8",

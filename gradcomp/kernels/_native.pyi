@@ -129,3 +129,13 @@ def add_powers(
     level: str = ...,
 ) -> None: ...
 def random_halves(key: int, step: int, start: int, count: int, level: str = ...) -> Tensor: ...
+def cast(grad: Tensor, dtype: str, threads: int = 1, level: str = ...) -> Tensor: ...
+def add_scaled(
+    out: Tensor,
+    payload: Tensor,
+    dtype: str,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...

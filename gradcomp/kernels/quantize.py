@@ -24,9 +24,7 @@ def encode_int8(
 ) -> Tensor | float:
     """:func:`gradcomp.kernels.reference.encode_int8`, from the fastest backend."""
     if native.takes(grad):
-        return native.module.encode_int8(
-            native.floats(grad), residual, block, update, native.thread_count(threads)
-        )
+        return native.module.encode_int8(native.floats(grad), residual, block, update, native.thread_count(threads))
     return reference.encode_int8(grad, residual, block, update)
 
 
@@ -35,9 +33,7 @@ def encode_float8(
 ) -> Tensor | float:
     """:func:`gradcomp.kernels.reference.encode_float8`, from the fastest backend."""
     if native.takes(grad):
-        return native.module.encode_float8(
-            native.floats(grad), residual, block, update, native.thread_count(threads)
-        )
+        return native.module.encode_float8(native.floats(grad), residual, block, update, native.thread_count(threads))
     return reference.encode_float8(grad, residual, block, update)
 
 
@@ -46,7 +42,5 @@ def encode_ternary(
 ) -> Tensor | float:
     """:func:`gradcomp.kernels.reference.encode_ternary`, from the fastest backend."""
     if native.takes(grad):
-        return native.module.encode_ternary(
-            native.floats(grad), residual, tau, update, native.thread_count(threads)
-        )
+        return native.module.encode_ternary(native.floats(grad), residual, tau, update, native.thread_count(threads))
     return reference.encode_ternary(grad, residual, tau, update)

@@ -23,7 +23,7 @@ from gradcomp.kernels.reference_codes import (
     pack_codes,
     unpack_codes,
 )
-from gradcomp.kernels.reference_dense import add_scaled, add_sign_map
+from gradcomp.kernels.reference_dense import add_scaled, add_sign_map, cast
 from gradcomp.kernels.reference_quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference_random import random_halves
 from gradcomp.kernels.reference_select import sample_largest, scatter_signs, select_largest, select_threshold
@@ -37,6 +37,7 @@ __all__ = [
     "add_powers",
     "add_scaled",
     "add_sign_map",
+    "cast",
     "encode_bits",
     "encode_float8",
     "encode_int8",

@@ -17,12 +17,12 @@ from gradcomp.kernels.reference_codes import add_codes, add_float8, add_levels, 
 __all__ = ["encode_float8", "encode_int8", "encode_levels", "encode_ternary"]
 
 _FLOAT32 = torch.finfo(torch.float32)
+# Of rows of blocks: what is finite if they are, their parameters, their codes.
+_Quantized = tuple[Tensor, Tensor, Tensor]
 _LESS = 1.0 - 2.0**-22
 
 
-def encode_levels(
-    grad: Tensor, residual: Tensor | None, bits: int, block: int, update: bool = False
-) -> Tensor | float:
+def encode_levels(grad: Tensor, residual: Tensor | None, bits: int, block: int, update: bool = False) -> Tensor | float:
     """The nearest of 2**bits levels, evenly between the lowest and the highest acc of each block.
 
     Args:
@@ -34,13 +34,13 @@ def encode_levels(
     """
     last = float((1 << bits) - 1)
 
-    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(rows: Tensor) -> _Quantized:
         low, high = rows.amin(1) + 0.0, rows.amax(1) + 0.0  # -0 becomes 0
         step = _finite_step(low, (high - low).clamp(max=_FLOAT32.max), last)
         codes = ((rows - low.unsqueeze(1)) / _divisor(step)).clamp(max=last).round().to(torch.uint8)
-        return torch.stack([low, step], 1), codes
+        return torch.cat([low, high]), torch.stack([low, step], 1), codes
 
-    payload = _encode(grad, residual, block, bits, 2, quantize)
+    payload = _encode(grad, residual, block, bits, quantize)
     if update and residual is not None and isinstance(payload, Tensor):
         parameters, codes = _parts(payload, grad, block, 2)
         add_levels(residual, parameters.view(-1, 2), codes, bits, block, -1.0, grad)
@@ -54,11 +54,12 @@ def encode_int8(grad: Tensor, residual: Tensor | None, block: int, update: bool 
         Float32 scale of each block, as bytes, then codes + 127; or a float.
     """
 
-    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scale = _finite_step(torch.zeros_like(rows[:, 0]), rows.abs().amax(1), 127.0)
-        return scale, ((rows / _divisor(scale)).clamp(-127.0, 127.0).round() + 127.0).to(torch.uint8)
+    def quantize(rows: Tensor) -> _Quantized:
+        most = rows.abs().amax(1)
+        scale = _finite_step(torch.zeros_like(most), most, 127.0)
+        return most, scale, ((rows / _divisor(scale)).clamp(-127.0, 127.0).round() + 127.0).to(torch.uint8)
 
-    payload = _encode(grad, residual, block, 8, 1, quantize)
+    payload = _encode(grad, residual, block, 8, quantize)
     if update and residual is not None and isinstance(payload, Tensor):
         add_codes(residual, *_parts(payload, grad, block, 1), 8, block, -1.0, grad)
     return payload
@@ -71,12 +72,13 @@ def encode_float8(grad: Tensor, residual: Tensor | None, block: int, update: boo
         Float32 scale of each block, as bytes, then a byte an element; or a float.
     """
 
-    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scale = _finite_step(torch.zeros_like(rows[:, 0]), rows.abs().amax(1), 448.0)
+    def quantize(rows: Tensor) -> _Quantized:
+        most = rows.abs().amax(1)
+        scale = _finite_step(torch.zeros_like(most), most, 448.0)
         codes = (rows / _divisor(scale)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-        return scale, codes.view(torch.uint8)
+        return most, scale, codes.view(torch.uint8)
 
-    payload = _encode(grad, residual, block, 8, 1, quantize)
+    payload = _encode(grad, residual, block, 8, quantize)
     if update and residual is not None and isinstance(payload, Tensor):
         add_float8(residual, *_parts(payload, grad, block, 1), block, -1.0, grad)
     return payload
@@ -88,15 +90,15 @@ def encode_ternary(grad: Tensor, residual: Tensor | None, tau: float, update: bo
     Returns:
         Codes as :func:`pack_codes`; or a float.
     """
-    limit = torch.tensor(tau, dtype=torch.float32, device=grad.device)
+    limit = torch.tensor(tau, dtype=torch.float32, device=grad.device).view(1)
 
-    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(rows: Tensor) -> _Quantized:
         codes = (rows >= limit).to(torch.uint8) + 2 * (rows <= -limit).to(torch.uint8)
-        return rows.abs().amax(1), codes
+        return rows.abs().amax(1), limit[:0], codes
 
-    payload = _encode(grad, residual, 1024, 2, 0, quantize)
+    payload = _encode(grad, residual, 1024, 2, quantize)
     if update and residual is not None and isinstance(payload, Tensor):
-        add_codes(residual, limit.view(1), payload, 2, 0, -1.0, grad)
+        add_codes(residual, limit, payload, 2, 0, -1.0, grad)
     return payload
 
 
@@ -105,10 +107,8 @@ def _encode(
     residual: Tensor | None,
     block: int,
     bits: int,
-    parameters: int,
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    quantize: Callable[[Tensor], _Quantized],
 ) -> Tensor | float:
-    """``quantize`` turns rows of blocks into something finite if they are, the parameters if there are any, and codes."""
     heads, codes = [], [grad.new_empty(0, dtype=torch.uint8)]
     for part in chunks(grad.numel(), grad.device, block):
         acc = accumulate(grad, residual, part, None)
@@ -116,12 +116,12 @@ def _encode(
         width = min(block, size)
         # The last block is filled up with one of its own elements, which changes no extreme.
         rows = torch.cat([acc, acc[-1:].expand(-size % width)]).view(-1, width)
-        head, code = quantize(rows)
-        if not bool(head.isfinite().all()):
+        extremes, parameters, code = quantize(rows)
+        if not bool(extremes.isfinite().all()):
             return _nonfinite_sum(grad, residual)
-        heads.append(head.reshape(-1).view(torch.uint8))
+        heads.append(parameters.reshape(-1).view(torch.uint8))
         codes.append(pack_codes(code.view(-1)[:size], bits))
-    return torch.cat([*heads, *codes] if parameters else codes)
+    return torch.cat([*heads, *codes])
 
 
 def _nonfinite_sum(grad: Tensor, residual: Tensor | None) -> float:

@@ -34,6 +34,7 @@ Level level_named(const std::string &name) {
 
 void bind_bits(nb::module_ &module);
 void bind_codes(nb::module_ &module);
+void bind_dense(nb::module_ &module);
 void bind_quantize(nb::module_ &module);
 void bind_select(nb::module_ &module);
 void bind_stochastic(nb::module_ &module);
@@ -46,6 +47,7 @@ NB_MODULE(_native, module) {
     module.def("split", &split, "numel"_a, "align"_a, "threads"_a);
     bind_bits(module);
     bind_codes(module);
+    bind_dense(module);
     bind_quantize(module);
     bind_select(module);
     bind_stochastic(module);

@@ -118,13 +118,19 @@ template <Form kForm> GRADCOMP_INLINE __m256i codes_of(__m256 acc, const Spread 
 // As quantize(), as far as whole vectors go.
 template <Form kForm, bool kResidual, bool kUpdate>
 GRADCOMP_INLINE std::uint32_t quantize_vectors(const float *grad, float *residual, std::size_t count, const Scale &scale,
-                                               float last, std::uint8_t *codes) {
+                                               float last, std::size_t ahead, std::uint8_t *codes) {
     const Spread spread{_mm256_set1_ps(scale.low), _mm256_set1_ps(scale.step), _mm256_set1_ps(scale.divisor),
                         _mm256_set1_ps(last)};
     const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works within halves of a register
     __m256i most = _mm256_setzero_si256();
     for (std::size_t i = 0; i < count; i += kVector) {
         __m256i four[4];
+        _mm_prefetch(reinterpret_cast<const char *>(grad + i + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char *>(grad + i + ahead + 16), _MM_HINT_T0);
+        if (kResidual) {
+            _mm_prefetch(reinterpret_cast<const char *>(residual + i + ahead), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char *>(residual + i + ahead + 16), _MM_HINT_T0);
+        }
         for (std::size_t k = 0; k < 4; ++k) {
             const std::size_t at = i + 8 * k;
             __m256 acc = _mm256_loadu_ps(grad + at);
@@ -173,7 +179,7 @@ GRADCOMP_INLINE bool encode_range(const Job &job, std::size_t start, std::size_t
             std::uint32_t most = 0;
 #if GRADCOMP_LEVEL >= 2
             done = count / kVector * kVector;
-            most = quantize_vectors<kForm, kResidual, kUpdate>(job.grad + start, residual, done, scale, last, codes);
+            most = quantize_vectors<kForm, kResidual, kUpdate>(job.grad + start, residual, done, scale, last, std::min(job.block, kCodesAtOnce), codes);
 #endif
             if (done < count) {
                 float *rest = kResidual ? residual + done : nullptr;
