@@ -34,7 +34,8 @@ class Compressor(Configured, ABC):
 
     A subclass writes :meth:`encode`, :meth:`decode_add` and :meth:`max_nbytes`. With error feedback it also calls
     ``super().new_state`` (which makes the residual), or replaces :meth:`commit` when more than the residual changes.
-    Where a kernel can do both in one sweep, it replaces :meth:`encode_in_place`. One that draws random numbers replaces
+    Where a kernel can do both in one sweep, it replaces :meth:`encode_in_place`; where packets are not just added up,
+    :meth:`aggregate`. One that draws random numbers replaces
     :meth:`seed_state`. ``gradcomp.testing.check_compressor`` checks the whole contract.
 
     Attributes:
@@ -110,6 +111,14 @@ class Compressor(Configured, ABC):
         if not packet.is_nonfinite:
             self.commit(grad, packet, state)
         return packet
+
+    def aggregate(self, total: Tensor) -> None:
+        """Make of ``total``, to which all ranks' packets were added, what counts as their sum; in place.
+
+        Most do nothing; it is for compressors whose result is no sum, such as a vote. Called wherever packets of
+        several ranks, or packets of such results, were added up, with float32, flat; not if one of them was not
+        finite.
+        """
 
     @final
     def compress(self, grad: Tensor, state: State | None = None) -> Packet:

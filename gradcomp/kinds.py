@@ -9,8 +9,9 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from gradcomp import indices
+from gradcomp import indices, kernels
 from gradcomp.errors import PacketError
 from gradcomp.tiles import Tiling
 
@@ -35,6 +36,10 @@ class Kind(IntEnum):
     VALUES = 5  # float32 values, then an unsigned index set
     BITS = 6  # two float32 scales a block, then a sign bit an element
     NONFINITE = 7  # no payload: the gradient held NaN or Inf, and scalar says which
+    LEVELS = 8  # two float32 a block, low and step; codes: low + code * step
+    CODES = 9  # a float32 scale a block, or scalar for all; signed codes: scale * code
+    FLOAT8 = 10  # a float32 scale a block; float8_e4m3fn codes: scale * code
+    POWERS = 11  # a float32 power of two a block; a byte an element: sign, and powers of two below that
     FACTORS = 12  # two thin float32 matrices whose product it is
     SPECTRUM = 13  # a few float32 coefficients of each tile, and which
     SEEDED = 14  # float32 values of elements that a key and a step choose
@@ -149,6 +154,48 @@ def _rows(packet: Packet, columns: int) -> int:
     return packet.numel // columns
 
 
+def _levels(packet: Packet) -> None:
+    _expect_zero(packet, "count", "coding", "scalar")
+    _expect_bits(packet, 1)
+    _expect_block(packet)
+    parameters = _expect_codes(packet, 2).view(-1, 2)
+    low, step = parameters[:, 0], parameters[:, 1]
+    # Rounding keeps order: with the first and the last level finite, all of them are.
+    _expect_all((low + step * ((1 << packet.bits) - 1)).isfinite(), "a level that is not finite")
+    _expect_all(step.view(torch.int32) >= 0, "a negative step")
+
+
+def _codes(packet: Packet) -> None:
+    _expect_zero(packet, "count", "coding")
+    _expect_bits(packet, 2)
+    if packet.block:
+        _expect_zero(packet, "scalar")
+        _expect_block(packet)
+        scales = _expect_codes(packet, 1)
+    else:
+        _expect_codes(packet, 0)
+        scales = torch.tensor([packet.scalar], dtype=torch.float32)
+    _expect_scales(scales, (1 << (packet.bits - 1)) - 1)
+    _expect_no_code(packet, (1 << packet.bits) - 1)
+
+
+def _float8(packet: Packet) -> None:
+    _expect_zero(packet, "count", "coding", "scalar")
+    _expect_bits(packet, 8)
+    _expect_block(packet)
+    _expect_scales(_expect_codes(packet, 1), 448)
+    _expect_no_code(packet, 0x7F)
+
+
+def _powers(packet: Packet) -> None:
+    _expect_zero(packet, "count", "coding", "scalar")
+    _expect_bits(packet, 8)
+    _expect_block(packet)
+    scale = _expect_codes(packet, 1).view(torch.int32)
+    _expect_all((scale & 0x7FFFFF == 0) & (scale >= 127 << 23), "a scale that is no power of two in 1..2**127")
+    _expect_no_code(packet, 0xFF)
+
+
 _CHECKS: dict[int, Callable[[Packet], None]] = {
     Kind.DENSE_F32: _dense(4),
     Kind.DENSE_F16: _dense(2),
@@ -160,6 +207,10 @@ _CHECKS: dict[int, Callable[[Packet], None]] = {
     Kind.FACTORS: _factors,
     Kind.SPECTRUM: _spectrum,
     Kind.SEEDED: _seeded,
+    Kind.LEVELS: _levels,
+    Kind.CODES: _codes,
+    Kind.FLOAT8: _float8,
+    Kind.POWERS: _powers,
 }
 
 
@@ -183,6 +234,39 @@ def _expect_payload(packet: Packet, nbytes: int) -> None:
 def _expect_smaller_than_dense(packet: Packet, nbytes: int) -> None:
     if nbytes >= 4 * packet.numel:
         raise PacketError(f"packet payload is {nbytes} bytes; a dense one would not be larger, and must be sent")
+
+
+def _expect_bits(packet: Packet, least: int) -> None:
+    if not least <= packet.bits <= 8:
+        raise PacketError(f"packet codes have {packet.bits} bits; they must have {least}..8")
+
+
+def _expect_codes(packet: Packet, parameters: int) -> Tensor:
+    """Check that the payload is ``parameters`` float32 a block, then codes; the float32s, which are finite."""
+    nbytes = 4 * parameters * -(-packet.numel // packet.block) if parameters else 0
+    _expect_payload(packet, nbytes + -(-packet.numel * packet.bits // 8))
+    _expect_finite(packet, nbytes)
+    used = packet.numel * packet.bits % 8
+    if used and int(packet.payload[-1]) >> used:
+        raise PacketError("packet has bits set beyond its last code")
+    return packet.payload[:nbytes].view(torch.float32)
+
+
+def _expect_scales(scales: Tensor, most: int) -> None:
+    """Check scales that are multiplied by ``most`` at most."""
+    _expect_all((scales * most).isfinite(), "a scale whose largest multiple is not finite")
+    _expect_all(scales.view(torch.int32) >= 0, "a negative scale")
+
+
+def _expect_no_code(packet: Packet, mask: int) -> None:
+    codes = packet.payload[packet.payload.numel() - -(-packet.numel * packet.bits // 8) :]
+    if kernels.find_code(codes, packet.numel, packet.bits, mask):
+        raise PacketError("packet holds a code that stands for nothing")
+
+
+def _expect_all(right: Tensor, what: str) -> None:
+    if not bool(right.all()):
+        raise PacketError(f"packet holds {what}")
 
 
 def _expect_finite(packet: Packet, stop: int, start: int = 0) -> None:

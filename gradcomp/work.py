@@ -213,6 +213,7 @@ class BucketWork(Work):
         total = torch.zeros(piece.numel, dtype=torch.float32, device=self._device)
         for packet in given:
             piece.codec.decompress_add(packet, total)
+        piece.codec.aggregate(total)
         total = total.view(piece.shape)
         if piece.codec.stateless:
             return piece.codec.encode(total)
@@ -230,6 +231,8 @@ class BucketWork(Work):
         for packet in packets:
             if packet is not None:
                 piece.codec.decompress_add(packet, part, self._scale)
+        if not any(packet is not None and packet.is_nonfinite for packet in packets):
+            piece.codec.aggregate(part)
         if self._watch_dense and piece.codec.stateless and not bool(torch.isfinite(part).all()):
             self.nonfinite = True
         self._undelivered[piece.unit] -= piece.numel

@@ -25,6 +25,7 @@ from gradcomp.packet import HEADER_NBYTES, Coding, Kind, Packet
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "packets.json").read_text())
 SPECS = ["none", "fp16", "bf16", "threshold:tau=0.5", "threshold:tau=1.9", "onebit:block=16", "topk:k=4", "topk:k=60"]
+SPECS += ["minmax:bits=3,block=16", "int8:block=16", "fp8:block=16", "twobit"]
 
 
 def ramp(numel: int) -> Tensor:
@@ -102,7 +103,7 @@ MALFORMED = {
     "magic": (bytes_of(5, Kind.NONFINITE, scalar=math.nan, magic=b"GZ"), "starts with"),
     "version": (bytes_of(5, Kind.NONFINITE, scalar=math.nan, version=2), "version 2"),
     "kind 0": (bytes_of(5, 0), "kind 0"),
-    "kind 8": (bytes_of(5, 8), "kind 8"),
+    "kind 99": (bytes_of(5, 99), "kind 99"),
     "kind 127": (bytes_of(5, 127), "kind 127"),
     "coding 5": (bytes_of(5, 200, coding=5), "coding 5"),
     "reserved": (bytes_of(5, Kind.DENSE_F32, bytes(20), zeros=b"\0\1\0"), "reserved"),

@@ -27,7 +27,7 @@ from gradcomp.interfaces import Compressor, State
 from gradcomp.options import check_integer
 from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
 
-__all__ = ["OneBit"]
+__all__ = ["OneBit", "add_bits_packet", "bits_packet_nbytes", "encode_bits_packet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +49,46 @@ class OneBit(Compressor):
             raise ConfigError(f"onebit: block={self.block} is not allowed; block must be a multiple of 8")
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        flat = flat_gradient(grad)
-        found = kernels.encode_bits(flat, None if state is None else state["residual"], self.block)
-        if isinstance(found, float):
-            return Packet.nonfinite(found, flat.numel(), flat.device)
-        scales, bits = found
-        payload = torch.cat([scales.view(-1).view(torch.uint8), bits])
-        return Packet(kind=Kind.BITS, numel=flat.numel(), payload=payload, block=self.block)
+        return encode_bits_packet(grad, None if state is None else state["residual"], self.block)
+
+    def encode_in_place(self, grad: Tensor, state: State) -> Packet:
+        return encode_bits_packet(grad, state["residual"], self.block, update=True)
+
+    def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
+        add_bits_packet(packet, state["residual"], self.block, -1.0, addend=flat_gradient(grad))
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
-        packet.require(Kind.BITS)
-        if packet.block != self.block:
-            raise PacketError(f"packet has blocks of {packet.block}; this compressor's have {self.block}")
-        scales_nbytes = 8 * -(-packet.numel // self.block)
-        scales = packet.payload[:scales_nbytes].view(torch.float32).view(-1, 2) * scale
-        kernels.add_bits(out, scales, packet.payload[scales_nbytes:], self.block)
+        add_bits_packet(packet, out, self.block, scale)
 
     def max_nbytes(self, numel: int) -> int:
-        return HEADER_NBYTES + 8 * -(-numel // self.block) + -(-numel // 8)
+        return bits_packet_nbytes(numel, self.block)
+
+
+def encode_bits_packet(
+    grad: Tensor, residual: Tensor | None, block: int, *, symmetric: bool = False, update: bool = False
+) -> Packet:
+    """The BITS packet of ``grad`` plus ``residual``; see :func:`gradcomp.kernels.reference.encode_bits`."""
+    flat = flat_gradient(grad)
+    found = kernels.encode_bits(flat, residual, block, symmetric=symmetric, update=update)
+    if isinstance(found, float):
+        return Packet.nonfinite(found, flat.numel(), flat.device)
+    return Packet(kind=Kind.BITS, numel=flat.numel(), payload=found, block=block, _checked=True)
+
+
+def add_bits_packet(packet: Packet, out: Tensor, block: int, scale: float, addend: Tensor | None = None) -> None:
+    """``out``, plus ``addend`` if given, plus ``scale`` times what a BITS packet with such blocks decodes to.
+
+    Raises:
+        PacketError: another kind of packet, or other blocks.
+    """
+    packet.require(Kind.BITS)
+    if packet.block != block:
+        raise PacketError(f"packet has blocks of {packet.block}; this compressor's have {block}")
+    scales_nbytes = 8 * -(-packet.numel // block)
+    scales = packet.payload[:scales_nbytes].view(torch.float32).view(-1, 2) * scale
+    kernels.add_bits(out, scales, packet.payload[scales_nbytes:], block, addend)
+
+
+def bits_packet_nbytes(numel: int, block: int) -> int:
+    """Bytes of a BITS packet."""
+    return HEADER_NBYTES + 8 * -(-numel // block) + -(-numel // 8)

@@ -6,39 +6,45 @@ them on the CPU where they were built and not turned off. One file a family choo
 
 from __future__ import annotations
 
+from gradcomp.kernels.bits import add_bits, encode_bits, pack_signs, pack_votes
+from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
+from gradcomp.kernels.dense import add_scaled, cast
 from gradcomp.kernels.indices import add_signs, add_values
-from gradcomp.kernels.reference import (
-    add_bits,
-    add_scaled,
-    encode_bits,
-    largest_coefficients,
-    norms,
-    orthonormal,
-    pack_bits,
-    select_largest,
-    select_threshold,
-    unpack_bits,
-)
+from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
+from gradcomp.kernels.reference import largest_coefficients, norms, orthonormal, select_largest, select_threshold
 from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
+from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
 from gradcomp.kernels.transform import add_factors, add_spectrum
 
 __all__ = [
     "add_bits",
+    "add_codes",
     "add_factors",
+    "add_float8",
+    "add_levels",
+    "add_powers",
     "add_scaled",
     "add_signs",
     "add_spectrum",
     "add_values",
+    "cast",
     "encode_above",
     "encode_bits",
+    "encode_float8",
+    "encode_int8",
     "encode_largest",
+    "encode_levels",
+    "encode_powers",
     "encode_signs",
+    "encode_stochastic",
+    "encode_ternary",
+    "find_code",
     "largest_coefficients",
     "norms",
     "orthonormal",
-    "pack_bits",
+    "pack_signs",
+    "pack_votes",
     "sample_largest",
     "select_largest",
     "select_threshold",
-    "unpack_bits",
 ]

@@ -70,3 +70,134 @@ def add_spectrum(
     threads: int = 1,
     level: str = ...,
 ) -> None: ...
+def encode_bits(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    symmetric: bool,
+    update: bool,
+    threads: int,
+    level: str = ...,
+) -> Tensor | float: ...
+def add_bits(
+    out: Tensor,
+    scales: Tensor,
+    bits: Tensor,
+    block: int,
+    addend: Tensor | None,
+    threads: int,
+    level: str = ...,
+) -> None: ...
+def add_levels(
+    out: Tensor,
+    parameters: Tensor,
+    codes: Tensor,
+    bits: int,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def add_codes(
+    out: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    bits: int,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def add_float8(
+    out: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    block: int,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def find_code(packed: Tensor, count: int, bits: int, mask: int, threads: int = 1, level: str = ...) -> bool: ...
+def encode_levels(
+    grad: Tensor,
+    residual: Tensor | None,
+    bits: int,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_int8(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_float8(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_ternary(
+    grad: Tensor,
+    residual: Tensor | None,
+    tau: float,
+    update: bool = False,
+    threads: int = 1,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_stochastic(
+    grad: Tensor,
+    residual: Tensor | None,
+    levels: int,
+    block: int,
+    l2: bool,
+    clip: float,
+    limit: float,
+    key: int,
+    step: int,
+    update: bool,
+    threads: int,
+    level: str = ...,
+) -> Tensor | float: ...
+def encode_powers(
+    grad: Tensor,
+    residual: Tensor | None,
+    block: int,
+    key: int,
+    step: int,
+    update: bool,
+    threads: int,
+    level: str = ...,
+) -> Tensor | float: ...
+def add_powers(
+    out: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    block: int,
+    scale: float,
+    addend: Tensor | None,
+    threads: int,
+    level: str = ...,
+) -> None: ...
+def random_halves(key: int, step: int, start: int, count: int, level: str = ...) -> Tensor: ...
+def cast(grad: Tensor, dtype: str, threads: int = 1, level: str = ...) -> Tensor: ...
+def add_scaled(
+    out: Tensor,
+    payload: Tensor,
+    dtype: str,
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int = 1,
+    level: str = ...,
+) -> None: ...
+def pack_signs(grad: Tensor, threads: int, level: str = ...) -> tuple[Tensor, int] | float: ...
+def pack_votes(grad: Tensor, threads: int, level: str = ...) -> Tensor: ...

@@ -7,11 +7,14 @@ A kernel that reads all of ``acc`` returns a float instead of its result if it f
 or both infinities, else the infinity.
 """
 
-from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, unpack_bits
+from gradcomp.kernels.reference_bits import add_bits, encode_bits, pack_bits, pack_signs, pack_votes, unpack_bits
+from gradcomp.kernels.reference_codes import add_codes, add_float8, add_levels, find_code, pack_codes, unpack_codes
 from gradcomp.kernels.reference_dct import add_spectrum, largest_coefficients
-from gradcomp.kernels.reference_dense import add_scaled
+from gradcomp.kernels.reference_dense import add_scaled, cast
 from gradcomp.kernels.reference_factors import add_factors, norms, orthonormal
 from gradcomp.kernels.reference_indices import add_signs, add_values
+from gradcomp.kernels.reference_quantize import encode_float8, encode_int8, encode_levels, encode_ternary
+from gradcomp.kernels.reference_random import random_halves
 from gradcomp.kernels.reference_select import (
     encode_above,
     encode_largest,
@@ -22,26 +25,44 @@ from gradcomp.kernels.reference_select import (
     select_largest,
     select_threshold,
 )
+from gradcomp.kernels.reference_stochastic import add_powers, encode_powers, encode_stochastic
 
 __all__ = [
     "add_bits",
+    "add_codes",
     "add_factors",
+    "add_float8",
+    "add_levels",
+    "add_powers",
     "add_scaled",
     "add_signs",
     "add_spectrum",
     "add_values",
+    "cast",
     "encode_above",
     "encode_bits",
+    "encode_float8",
+    "encode_int8",
     "encode_largest",
+    "encode_levels",
+    "encode_powers",
     "encode_signs",
+    "encode_stochastic",
+    "encode_ternary",
+    "find_code",
     "largest_coefficients",
     "norms",
     "orthonormal",
     "pack_bits",
+    "pack_codes",
+    "pack_signs",
+    "pack_votes",
+    "random_halves",
     "sample_largest",
     "sample_size",
     "scatter_signs",
     "select_largest",
     "select_threshold",
     "unpack_bits",
+    "unpack_codes",
 ]

@@ -2,7 +2,7 @@
 //   GRADCOMP_LEVEL     0, 2 (AVX2, BMI2, F16C) or 512 (also AVX-512 F, BW, DQ, VL), for #if around intrinsics
 //   GRADCOMP_ENTRY     before each function that is called through GRADCOMP_AT
 //   GRADCOMP_INLINE    before each helper; do not use lambdas or std algorithms in hot loops, they lose the level
-// No include guard: every family includes it once. The body file must not include anything.
+// No include guard: every family includes it once. The body file includes nothing but other body files.
 
 #define GRADCOMP_ALWAYS inline __attribute__((always_inline))
 

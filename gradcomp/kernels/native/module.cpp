@@ -36,6 +36,11 @@ void bind_indices_decode(nb::module_ &module);
 void bind_indices_encode(nb::module_ &module);
 void bind_select(nb::module_ &module);
 void bind_transform(nb::module_ &module);
+void bind_bits(nb::module_ &module);
+void bind_codes(nb::module_ &module);
+void bind_dense(nb::module_ &module);
+void bind_quantize(nb::module_ &module);
+void bind_stochastic(nb::module_ &module);
 
 }  // namespace gradcomp
 
@@ -47,4 +52,9 @@ NB_MODULE(_native, module) {
     bind_indices_encode(module);
     bind_select(module);
     bind_transform(module);
+    bind_bits(module);
+    bind_codes(module);
+    bind_dense(module);
+    bind_quantize(module);
+    bind_stochastic(module);
 }

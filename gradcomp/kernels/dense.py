@@ -1,0 +1,31 @@
+"""Casts, and adding what was cast, from the fastest backend; :mod:`gradcomp.kernels.reference` defines them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradcomp.kernels import native, reference
+
+__all__ = ["add_scaled", "cast"]
+
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def cast(grad: Tensor, dtype: torch.dtype, threads: int | None = None) -> Tensor:
+    """:func:`gradcomp.kernels.reference.cast`, from the fastest backend."""
+    if grad.dtype == torch.float32 and native.takes(grad):
+        return native.module.cast(grad.detach(), _NAMES[dtype], native.thread_count(threads))
+    return reference.cast(grad, dtype)
+
+
+def add_scaled(
+    out: Tensor, values: Tensor, scale: float, addend: Tensor | None = None, threads: int | None = None
+) -> None:
+    """:func:`gradcomp.kernels.reference.add_scaled`, from the fastest backend."""
+    if values.dtype in _NAMES and native.takes(out):
+        other = None if addend is None else native.floats(addend)
+        payload, name = values.view(torch.uint8), _NAMES[values.dtype]
+        native.module.add_scaled(out, payload, name, scale, other, native.thread_count(threads))
+    else:
+        reference.add_scaled(out, values, scale, addend)
