@@ -14,7 +14,9 @@ namespace gradcomp {
 
 constexpr std::size_t kCodesAtOnce = 1024;  // unpacked at a time, a byte each; a multiple of 8
 
-inline std::size_t packed_nbytes(std::size_t count, unsigned bits) { return count / 8 * bits + (count % 8 * bits + 7) / 8; }
+inline std::size_t packed_nbytes(std::size_t count, unsigned bits) {
+    return count / 8 * bits + (count % 8 * bits + 7) / 8;
+}
 
 // Eight bytes below 2^bits to 8 * bits bits: neighbours move together in pairs, then fours, then all eight.
 inline __attribute__((always_inline)) std::uint64_t pack_group(std::uint64_t word, unsigned bits) {
@@ -48,7 +50,8 @@ __attribute__((target("avx2"), always_inline)) inline std::size_t pack_vectors(c
     for (std::size_t at = 0; at + 3 * bits + 8 <= nbytes; at += 4 * bits, done += 32) {
         const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i *>(codes + done));
         const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(two, bytes), four);
-        const __m256i eights = _mm256_or_si256(_mm256_and_si256(fours, low), _mm256_srl_epi64(_mm256_andnot_si256(low, fours), gap));
+        const __m256i upper = _mm256_srl_epi64(_mm256_andnot_si256(low, fours), gap);
+        const __m256i eights = _mm256_or_si256(_mm256_and_si256(fours, low), upper);
         alignas(32) std::uint64_t words[4];
         _mm256_store_si256(reinterpret_cast<__m256i *>(words), eights);
         for (unsigned k = 0; k < 4; ++k) std::memcpy(packed + at + k * bits, words + k, 8);
@@ -66,7 +69,7 @@ inline __attribute__((always_inline)) void pack_codes(const std::uint8_t *codes,
         return;
     }
     std::size_t at = 0;
-    for (; at + 8 <= nbytes; at += bits, codes += 8) {  // writes eight bytes: the next group overwrites what is too much
+    for (; at + 8 <= nbytes; at += bits, codes += 8) {  // eight bytes: the next group overwrites what is too much
         std::uint64_t word;
         std::memcpy(&word, codes, 8);
         word = pack_group(word, bits);

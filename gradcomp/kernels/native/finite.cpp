@@ -8,9 +8,6 @@
 
 namespace gradcomp {
 namespace {
-
-constexpr std::size_t kAtOnce = std::size_t{1} << 14;
-
 #define GRADCOMP_BODY "finite_body.h"
 #include "foreach_level.h"
 }  // namespace
@@ -19,12 +16,7 @@ std::uint32_t largest_magnitude(const float *grad, std::size_t numel, Level leve
     const auto starts = split(numel, 64, threads);
     std::vector<std::uint32_t> most(starts.size() - 1);
     parallel(starts, [&](std::size_t part, std::size_t start, std::size_t stop) {
-        // From the end to the start, where the sweep begins: what was read last is still in the cache then.
-        while (start < stop) {
-            const std::size_t count = (stop - start - 1) % kAtOnce + 1;
-            stop -= count;
-            most[part] = std::max(most[part], GRADCOMP_AT(level, largest)(grad + stop, count));
-        }
+        most[part] = GRADCOMP_AT(level, largest)(grad + start, stop - start);
     });
     return *std::max_element(most.begin(), most.end());
 }

@@ -6,12 +6,26 @@
 #include "parallel.h"
 #include "tensors.h"
 
+#if GRADCOMP_X86
+#include <cpuid.h>
+#endif
+
 namespace gradcomp {
+
+#if GRADCOMP_X86
+namespace {
+// Not every compiler's __builtin_cpu_supports knows the name. That the system saves the registers follows from AVX2.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+}  // namespace
+#endif
 
 Level best_level() {
 #if GRADCOMP_X86
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && has_f16c();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2) return avx512 ? Level::avx512 : Level::avx2;

@@ -101,7 +101,8 @@ template <Form kForm> GRADCOMP_INLINE __m256i codes_of(__m256 acc, const Spread 
         const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(121 << 23), magnitude);
         const __m256i normal_value = _mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xfff00000u)));
         const __m256 small_value = _mm256_sub_ps(shifted, grid);
-        const __m256 absolute = _mm256_blendv_ps(_mm256_castsi256_ps(normal_value), small_value, _mm256_castsi256_ps(is_small));
+        const __m256 absolute =
+            _mm256_blendv_ps(_mm256_castsi256_ps(normal_value), small_value, _mm256_castsi256_ps(is_small));
         value = _mm256_mul_ps(scale.step, _mm256_or_ps(absolute, _mm256_castsi256_ps(sign)));
         return _mm256_or_si256(_mm256_blendv_epi8(normal, small, is_small), _mm256_srli_epi32(sign, 24));
     }
@@ -115,10 +116,11 @@ template <Form kForm> GRADCOMP_INLINE __m256i codes_of(__m256 acc, const Spread 
     return _mm256_and_si256(_mm256_add_epi32(code, _mm256_set1_epi32(127)), _mm256_set1_epi32(0xff));
 }
 
-// As quantize(), as far as whole vectors go.
+// As quantize(), for whole vectors; fetches what lies `ahead` elements further.
 template <Form kForm, bool kResidual, bool kUpdate>
-GRADCOMP_INLINE std::uint32_t quantize_vectors(const float *grad, float *residual, std::size_t count, const Scale &scale,
-                                               float last, std::size_t ahead, std::uint8_t *codes) {
+GRADCOMP_INLINE std::uint32_t quantize_vectors(const float *grad, float *residual, std::size_t count,
+                                               const Scale &scale, float last, std::size_t ahead,
+                                               std::uint8_t *codes) {
     const Spread spread{_mm256_set1_ps(scale.low), _mm256_set1_ps(scale.step), _mm256_set1_ps(scale.divisor),
                         _mm256_set1_ps(last)};
     const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works within halves of a register
@@ -174,16 +176,20 @@ GRADCOMP_INLINE bool encode_range(const Job &job, std::size_t start, std::size_t
         }
         for (; start < end; start += kCodesAtOnce) {
             const std::size_t count = std::min(end - start, kCodesAtOnce);
+            const float *grad = job.grad + start;
             float *residual = kResidual ? job.residual + start : nullptr;
             std::size_t done = 0;
             std::uint32_t most = 0;
 #if GRADCOMP_LEVEL >= 2
             done = count / kVector * kVector;
-            most = quantize_vectors<kForm, kResidual, kUpdate>(job.grad + start, residual, done, scale, last, std::min(job.block, kCodesAtOnce), codes);
+            // Fetches what comes after this block, or part of it, while there is arithmetic to be done.
+            const std::size_t ahead = std::min(job.block, kCodesAtOnce);
+            most = quantize_vectors<kForm, kResidual, kUpdate>(grad, residual, done, scale, last, ahead, codes);
 #endif
             if (done < count) {
                 float *rest = kResidual ? residual + done : nullptr;
-                most = std::max(most, quantize<kForm, kResidual, kUpdate>(job.grad + start + done, rest, count - done, scale, last, codes + done));
+                most = std::max(most, quantize<kForm, kResidual, kUpdate>(grad + done, rest, count - done, scale, last,
+                                                                          codes + done));
             }
             if (kForm == Form::ternary && most >= kInfinity) return false;
             for (std::size_t i = count; i % 8; ++i) codes[i] = 0;
@@ -199,7 +205,8 @@ GRADCOMP_INLINE bool encode_range(const Job &job, std::size_t start, std::size_t
     return true;
 }
 
-template <Form kForm> GRADCOMP_INLINE bool encode_form(const Job &job, bool update, std::size_t start, std::size_t stop) {
+template <Form kForm>
+GRADCOMP_INLINE bool encode_form(const Job &job, bool update, std::size_t start, std::size_t stop) {
     if (job.residual == nullptr) return encode_range<kForm, false, false>(job, start, stop);
     return update ? encode_range<kForm, true, true>(job, start, stop)
                   : encode_range<kForm, true, false>(job, start, stop);
