@@ -332,8 +332,8 @@ GRADCOMP_INLINE void add_word(float *out, std::uint64_t mask, std::uint64_t minu
 
 // Adds to the `count` elements at out, 64 at most, those of `values` that `mask` names, times scale; returns where the next
 // ones are.
-GRADCOMP_INLINE const float *add_values_word(float *out, std::size_t count, std::uint64_t mask, const float *values,
-                                             const float *end, float scale) {
+GRADCOMP_INLINE const float *add_values_word(float *out, [[maybe_unused]] std::size_t count, std::uint64_t mask,
+                                             const float *values, [[maybe_unused]] const float *end, float scale) {
     std::size_t k = 0;
 #if GRADCOMP_LEVEL >= 2 && defined(__x86_64__)
     for (; k + 8 <= count && end - values >= 8; k += 8) {
