@@ -21,6 +21,7 @@ COMPRESSORS = [
     "threshold:density=0.05",
     "onebit:block=64",
     "topk:ratio=0.05",
+    "qsgd:levels=7,bucket=64",
 ]
 EXCHANGES = ["all_gather", "two_shot", "auto"]
 # `make soak` takes 200; a divergence shows within a few.

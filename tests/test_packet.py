@@ -26,6 +26,13 @@ from gradcomp.packet import HEADER_NBYTES, Coding, Kind, Packet
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "packets.json").read_text())
 SPECS = ["none", "fp16", "bf16", "threshold:tau=0.5", "threshold:tau=1.9", "onebit:block=16", "topk:k=4", "topk:k=60"]
 SPECS += ["minmax:bits=3,block=16", "int8:block=16", "fp8:block=16", "twobit"]
+SPECS += [
+    "signsgd:block=16",
+    "signsgd:variant=majority",
+    "qsgd:levels=5,bucket=16",
+    "terngrad:block=16",
+    "natural:block=16",
+]
 
 
 def ramp(numel: int) -> Tensor:
