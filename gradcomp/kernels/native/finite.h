@@ -28,6 +28,14 @@ inline float float_of(std::uint32_t bits) {
     return result;
 }
 
+inline void prefetch(const void *address) {
+#if defined(__GNUC__) || defined(__clang__)
+    __builtin_prefetch(address);
+#else
+    (void)address;
+#endif
+}
+
 // Position of the lowest bit set; word must not be 0.
 inline unsigned trailing_zeros(std::uint64_t word) {
 #if defined(__GNUC__) || defined(__clang__)

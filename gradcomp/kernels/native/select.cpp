@@ -19,6 +19,22 @@ struct Found {
     std::uint32_t most;  // the largest magnitude, as bits
 };
 
+// A list of values that grows.
+struct Values {
+    Array<float> data;
+    std::size_t size = 0;
+    std::size_t capacity = 0;
+};
+
+// Room for 64 more, at least.
+void grow(Values *values) {
+    const std::size_t capacity = std::max<std::size_t>(2 * values->capacity, 4096);
+    Array<float> larger = new_array<float>(capacity);
+    if (values->size) std::memcpy(larger.get(), values->data.get(), 4 * values->size);
+    values->data = std::move(larger);
+    values->capacity = capacity;
+}
+
 #define GRADCOMP_BODY "select_body.h"
 #include "foreach_level.h"
 
@@ -32,40 +48,66 @@ struct Source {
 };
 
 struct Selection {
-    Array<std::uint64_t> mask;
-    Array<std::uint64_t> negative;
+    std::uint64_t *mask;  // both planes are the thread's own, until it selects again
+    std::uint64_t *negative;
+    std::vector<float> values;  // of what is in the mask, in order, if they were asked for
     std::uint64_t count = 0;
     bool finite = true;
 };
 
 enum class What { signs, values };
 
-Selection select(const Source &from, What what, float tau, bool update) {
-    const std::size_t words = from.numel / 64 + (from.numel % 64 != 0);
-    Selection found{new_array<std::uint64_t>(words), new_array<std::uint64_t>(words)};
-    const auto starts = split(from.numel, 64, from.threads);
-    std::vector<Found> parts(starts.size() - 1);
-    parallel(starts, [&](std::size_t part, std::size_t start, std::size_t stop) {
-        const auto scan = what == What::signs ? GRADCOMP_AT(from.level, scan_signs) : GRADCOMP_AT(from.level, scan_values);
-        parts[part] = scan(from.grad + start, from.residual ? from.residual + start : nullptr, stop - start, tau, update,
-                           found.mask.get() + start / 64, found.negative.get() + start / 64);
-    });
-    for (const Found &part : parts) {
-        found.count += part.count;
-        found.finite = found.finite && part.most < kInfinity;
+std::size_t words_of(std::size_t numel) { return numel / 64 + (numel % 64 != 0); }
+
+// Two planes of so many words. Each thread keeps its own, a sixteenth of its longest gradient: fresh memory costs more to
+// touch for the first time than the planes do to write.
+std::uint64_t *planes(std::size_t words) {
+    static thread_local Array<std::uint64_t> memory;
+    static thread_local std::size_t capacity = 0;
+    if (2 * words > capacity) {
+        capacity = 0;
+        memory = new_array<std::uint64_t>(2 * words);
+        capacity = 2 * words;
     }
-    return found;
+    return memory.get();
 }
 
-float value_at(const Source &from, std::size_t i) {
-    return from.residual ? from.grad[i] + from.residual[i] : from.grad[i];
+Selection select(const Source &from, What what, float tau, bool update) {
+    const std::size_t words = words_of(from.numel);
+    std::uint64_t *const memory = planes(words);
+    Selection found{memory, memory + words, {}};
+    const auto starts = split(from.numel, 64, from.threads);
+    std::vector<Found> parts(starts.size() - 1);
+    std::vector<Values> values(starts.size() - 1);
+    parallel(starts, [&](std::size_t part, std::size_t start, std::size_t stop) {
+        const float *grad = from.grad + start;
+        float *residual = from.residual ? from.residual + start : nullptr;
+        std::uint64_t *mask = found.mask + start / 64;
+        std::uint64_t *negative = found.negative + start / 64;
+        parts[part] = what == What::signs
+                          ? GRADCOMP_AT(from.level, scan_signs)(grad, residual, stop - start, tau, update, mask, negative)
+                          : GRADCOMP_AT(from.level, scan_values)(grad, residual, stop - start, tau, update, mask, negative,
+                                                                 &values[part]);
+    });
+    for (std::size_t part = 0; part < parts.size(); ++part) {
+        found.count += parts[part].count;
+        found.finite = found.finite && parts[part].most < kInfinity;
+        const float *first = values[part].data.get();
+        if (values[part].size) found.values.insert(found.values.end(), first, first + values[part].size);
+    }
+    return found;
 }
 
 // The `count` largest magnitudes, as bits, falling, of every stride-th element of weight * grad + residual.
 std::vector<std::uint32_t> sample_largest(const Source &from, std::size_t stride, std::size_t count, float weight) {
     std::vector<std::uint32_t> sample;
     sample.reserve(from.numel / stride + 1);
+    const std::size_t ahead = 24 * stride;  // every one is a cache miss: ask for many at a time
     for (std::size_t i = 0; i < from.numel; i += stride) {
+        if (i + ahead < from.numel) {
+            prefetch(from.grad + i + ahead);
+            if (from.residual) prefetch(from.residual + i + ahead);
+        }
         const float scaled = from.grad[i] * weight;
         sample.push_back(bits_of(from.residual ? scaled + from.residual[i] : scaled) & kMagnitude);
     }
@@ -87,43 +129,50 @@ float guess_threshold(const Source &from, std::size_t k) {
     return largest.back() < kInfinity ? float_of(largest.back()) : 0.0f;
 }
 
-// Clears from the mask what is not among the k elements of largest magnitude, of equal ones those with the highest index,
-// and returns the values of the others. acc is what was selected from.
-std::vector<float> keep_largest(Selection &found, const Source &acc, std::size_t k) {
-    std::vector<float> values(found.count);
-    std::vector<std::uint32_t> magnitudes(found.count);
-    const std::size_t words = acc.numel / 64 + (acc.numel % 64 != 0);
-    std::size_t at = 0;
-    for (std::size_t word = 0; word < words; ++word) {
-        for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
-            values[at++] = value_at(acc, 64 * word + trailing_zeros(rest));
-        }
-    }
-    if (found.count <= k) return values;
-    for (std::size_t i = 0; i < values.size(); ++i) magnitudes[i] = bits_of(values[i]) & kMagnitude;
+// Keeps the k elements of largest magnitude, of equal ones those with the lowest index. What is dropped goes back to where
+// its value was taken from, if `restore` is not null.
+void keep_largest(Selection &found, std::size_t numel, std::size_t k, float *restore) {
+    if (found.count <= k) return;
+    std::vector<std::uint32_t> magnitudes(found.values.size());
+    for (std::size_t i = 0; i < magnitudes.size(); ++i) magnitudes[i] = bits_of(found.values[i]) & kMagnitude;
     std::nth_element(magnitudes.begin(), magnitudes.begin() + (k - 1), magnitudes.end(), std::greater<>());
     const std::uint32_t least = magnitudes[k - 1];
-    std::size_t above = 0;
-    for (std::size_t i = 0; i < k; ++i) above += magnitudes[i] > least;
-    std::size_t ties = k - above;
+    std::size_t ties = k;
+    for (std::size_t i = 0; i < k; ++i) ties -= magnitudes[i] > least;
     std::size_t kept = 0;
-    at = 0;
-    for (std::size_t word = 0; word < words; ++word) {
+    std::size_t at = 0;
+    for (std::size_t word = 0; word < words_of(numel); ++word) {
         for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
-            const std::uint32_t magnitude = bits_of(values[at]) & kMagnitude;
-            const bool keep = magnitude > least || (magnitude == least && ties != 0);
-            if (keep) {
+            const float value = found.values[at++];
+            const std::uint32_t magnitude = bits_of(value) & kMagnitude;
+            if (magnitude > least || (magnitude == least && ties != 0)) {
                 ties -= magnitude == least;
-                values[kept++] = values[at];
+                found.values[kept++] = value;
             } else {
                 found.mask[word] &= ~(rest & (~rest + 1));
+                if (restore) restore[64 * word + trailing_zeros(rest)] = value;
             }
-            ++at;
         }
     }
-    values.resize(k);
+    found.values.resize(k);
     found.count = k;
-    return values;
+}
+
+void put_back(const Selection &found, float *residual, std::size_t numel) {
+    std::size_t at = 0;
+    for (std::size_t word = 0; word < words_of(numel); ++word) {
+        for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
+            residual[64 * word + trailing_zeros(rest)] = found.values[at++];
+        }
+    }
+}
+
+void clear(const Selection &found, float *residual, std::size_t numel) {
+    for (std::size_t word = 0; word < words_of(numel); ++word) {
+        for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
+            residual[64 * word + trailing_zeros(rest)] = 0.0f;
+        }
+    }
 }
 
 struct Packed {
@@ -137,19 +186,9 @@ Packed encode_signs(const Source &from, float tau, bool update) {
                                          [&](bool now) { return select(from, What::signs, tau, now); });
     if (!found.finite) return Packed{Coded{}, 0, false};
     const Coding coding = choose_coding(found.count, from.numel, true);
-    return Packed{encode_planes(found.mask.get(), found.negative.get(), from.numel, found.count, coding,
+    return Packed{encode_planes(found.mask, found.negative, from.numel, found.count, coding,
                                 from.level),
                   found.count};
-}
-
-// Zero what is sent: there the residual holds acc, and that is what is sent.
-void clear_sent(const Selection &found, float *residual, std::size_t numel) {
-    const std::size_t words = numel / 64 + (numel % 64 != 0);
-    for (std::size_t word = 0; word < words; ++word) {
-        for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
-            residual[64 * word + trailing_zeros(rest)] = 0.0f;
-        }
-    }
 }
 
 // What passes +-tau, with its values: if more than `most` do, the k largest. If fewer than k do and `exact`, tau is lowered
@@ -158,22 +197,27 @@ Packed encode_values(const Source &from, float tau, std::size_t most, std::size_
     Selection found = sweep_safely(from.grad, from.numel, update, from.level, from.threads,
                                    [&](bool now) { return select(from, What::values, tau, now); });
     if (!found.finite) return Packed{Coded{}, 0, false};
-    // With update the residual holds acc by now, and the gradient is in it.
-    const Source acc = update ? Source{from.residual, nullptr, from.numel, from.level, from.threads} : from;
     while (exact && found.count < k && tau > 0.0f) {
         tau = found.count > k / 4 ? tau / 2 : 0.0f;
-        found = select(acc, What::values, tau, false);
+        if (update) {
+            // The residual is acc by now, but for what was selected: with that put back, select from it alone.
+            put_back(found, from.residual, from.numel);
+            const Source acc{from.residual, nullptr, from.numel, from.level, from.threads};
+            found = select(acc, What::values, tau, false);
+            clear(found, from.residual, from.numel);
+        } else {
+            found = select(from, What::values, tau, false);
+        }
     }
-    const std::vector<float> values = keep_largest(found, acc, found.count > most ? k : found.count);
-    if (update) clear_sent(found, from.residual, from.numel);
+    if (found.count > most) keep_largest(found, from.numel, k, update ? from.residual : nullptr);
     const Coding coding = choose_coding(found.count, from.numel, false);
-    const std::size_t values_nbytes = 4 * values.size();
+    const std::size_t values_nbytes = 4 * found.values.size();
     Packed packed{Coded{new_array<std::uint8_t>(values_nbytes +
                                                 max_coded_nbytes(found.count, from.numel, coding, false))},
                   found.count};
     std::uint8_t *out = packed.coded.bytes.get();
-    if (!values.empty()) std::memcpy(out, values.data(), values_nbytes);
-    packed.coded.nbytes = values_nbytes + encode_planes_to(out + values_nbytes, found.mask.get(), nullptr, from.numel,
+    if (values_nbytes) std::memcpy(out, found.values.data(), values_nbytes);
+    packed.coded.nbytes = values_nbytes + encode_planes_to(out + values_nbytes, found.mask, nullptr, from.numel,
                                                            found.count, coding, from.level);
     return packed;
 }

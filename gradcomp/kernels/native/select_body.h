@@ -1,15 +1,22 @@
-// Reads acc = grad + residual and marks in two bit planes what passes +-tau, 64 elements a word. With kUpdate the residual
-// becomes what is left: acc, less +-tau where kSigns and it passes.
+// Reads acc = grad + residual and marks in two bit planes what passes +-tau, 64 elements a word; without kSigns also lists
+// the values of that. With kUpdate the residual becomes what is left of acc where it passes: acc -+ tau with kSigns, else 0.
 
 struct Marks {
     std::uint64_t mask;
     std::uint64_t negative;
 };
 
+GRADCOMP_INLINE void list_values(std::uint64_t mask, const float *block, Values *values) {
+    if (values->size + 64 > values->capacity) grow(values);
+    float *out = values->data.get() + values->size;
+    for (; mask != 0; mask &= mask - 1) *out++ = block[trailing_zeros(mask)];
+    values->size = static_cast<std::size_t>(out - values->data.get());
+}
+
 #if GRADCOMP_LEVEL >= 2
 
 template <bool kResidual, bool kUpdate, bool kSigns>
-GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m256i &most) {
+GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m256i &most, Values *values) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     const __m256 limit = _mm256_set1_ps(tau);
     __m256 acc[8];
@@ -35,13 +42,16 @@ GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m
         const __m256 below = _mm256_and_ps(passes[k], acc[k]);
         marks.negative |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_ps(below))) << (8 * k);
         if (kUpdate) {
-            __m256 left = acc[k];
-            if (kSigns) {
-                const __m256 sent = _mm256_or_ps(limit, _mm256_and_ps(sign, acc[k]));
-                left = _mm256_sub_ps(left, _mm256_and_ps(passes[k], sent));
-            }
+            const __m256 sent = _mm256_or_ps(limit, _mm256_and_ps(sign, acc[k]));
+            const __m256 left = kSigns ? _mm256_sub_ps(acc[k], _mm256_and_ps(passes[k], sent))
+                                       : _mm256_andnot_ps(passes[k], acc[k]);
             _mm256_storeu_ps(residual + 8 * k, left);
         }
+    }
+    if (!kSigns) {
+        alignas(32) float here[64];
+        for (int k = 0; k < 8; ++k) _mm256_store_ps(here + 8 * k, acc[k]);
+        list_values(marks.mask, here, values);
     }
     return marks;
 }
@@ -51,7 +61,7 @@ GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m
 // The same, an element at a time after one look at the block: for the end of a vector, and for other processors.
 template <bool kResidual, bool kUpdate, bool kSigns>
 GRADCOMP_INLINE Marks mark_some(const float *grad, float *residual, std::size_t length, float tau,
-                                std::uint32_t limit, std::uint32_t &most) {
+                                std::uint32_t limit, std::uint32_t &most, Values *values) {
     float acc[64];
     std::uint32_t largest = 0;
     for (std::size_t i = 0; i < length; ++i) {
@@ -69,14 +79,15 @@ GRADCOMP_INLINE Marks mark_some(const float *grad, float *residual, std::size_t 
         const std::uint64_t below = pass & (bits >> 31);
         marks.mask |= pass << i;
         marks.negative |= below << i;
-        if (kUpdate && kSigns && pass) residual[i] = acc[i] - (below ? -tau : tau);
+        if (kUpdate && pass) residual[i] = kSigns ? acc[i] - (below ? -tau : tau) : 0.0f;
     }
+    if (!kSigns) list_values(marks.mask, acc, values);
     return marks;
 }
 
 template <bool kResidual, bool kUpdate, bool kSigns>
 GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel, float tau, std::uint64_t *mask,
-                           std::uint64_t *negative) {
+                           std::uint64_t *negative, Values *values) {
     // Magnitudes are compared as integers: for floats without their sign that is the same order, and it puts Inf and NaN
     // above every finite tau.
     const std::uint32_t limit = bits_of(tau);
@@ -87,7 +98,7 @@ GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel
     __m256i most_of_8 = _mm256_setzero_si256();
     for (; start + 64 <= numel; start += 64) {
         const Marks marks = mark_64<kResidual, kUpdate, kSigns>(grad + start, kResidual ? residual + start : nullptr,
-                                                             tau, most_of_8);
+                                                             tau, most_of_8, values);
         mask[start / 64] = marks.mask;
         negative[start / 64] = marks.negative;
         count += static_cast<std::uint64_t>(_mm_popcnt_u64(marks.mask));
@@ -100,7 +111,7 @@ GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel
         const std::size_t length = numel - start < 64 ? numel - start : 64;
         const Marks marks =
             mark_some<kResidual, kUpdate, kSigns>(
-            grad + start, kResidual ? residual + start : nullptr, length, tau, limit, most);
+            grad + start, kResidual ? residual + start : nullptr, length, tau, limit, most, values);
         mask[start / 64] = marks.mask;
         negative[start / 64] = marks.negative;
         for (std::uint64_t rest = marks.mask; rest != 0; rest &= rest - 1) ++count;
@@ -110,14 +121,14 @@ GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel
 
 GRADCOMP_ENTRY Found scan_signs(const float *grad, float *residual, std::size_t numel, float tau, bool update,
                                 std::uint64_t *mask, std::uint64_t *negative) {
-    if (residual == nullptr) return scan<false, false, true>(grad, residual, numel, tau, mask, negative);
-    if (update) return scan<true, true, true>(grad, residual, numel, tau, mask, negative);
-    return scan<true, false, true>(grad, residual, numel, tau, mask, negative);
+    if (residual == nullptr) return scan<false, false, true>(grad, residual, numel, tau, mask, negative, nullptr);
+    if (update) return scan<true, true, true>(grad, residual, numel, tau, mask, negative, nullptr);
+    return scan<true, false, true>(grad, residual, numel, tau, mask, negative, nullptr);
 }
 
 GRADCOMP_ENTRY Found scan_values(const float *grad, float *residual, std::size_t numel, float tau, bool update,
-                                 std::uint64_t *mask, std::uint64_t *negative) {
-    if (residual == nullptr) return scan<false, false, false>(grad, residual, numel, tau, mask, negative);
-    if (update) return scan<true, true, false>(grad, residual, numel, tau, mask, negative);
-    return scan<true, false, false>(grad, residual, numel, tau, mask, negative);
+                                 std::uint64_t *mask, std::uint64_t *negative, Values *values) {
+    if (residual == nullptr) return scan<false, false, false>(grad, residual, numel, tau, mask, negative, values);
+    if (update) return scan<true, true, false>(grad, residual, numel, tau, mask, negative, values);
+    return scan<true, false, false>(grad, residual, numel, tau, mask, negative, values);
 }

@@ -41,7 +41,7 @@ template <typename T> using Array = std::unique_ptr<T[], Free>;
 // A long one asks for huge pages: fresh memory by pages of 4 KiB costs as much as four passes over it.
 template <typename T> Array<T> new_array(std::size_t count) {
     constexpr std::size_t kHugePage = std::size_t{1} << 21;
-    const std::size_t align = count * sizeof(T) < 2 * kHugePage ? 64 : kHugePage;
+    const std::size_t align = count * sizeof(T) < kHugePage / 2 ? 64 : kHugePage;
     const std::size_t nbytes = (count * sizeof(T) / align + 1) * align;
     void *memory = std::aligned_alloc(align, nbytes);
     if (memory == nullptr) throw std::bad_alloc();
