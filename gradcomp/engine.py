@@ -19,6 +19,7 @@ from gradcomp.driver import Driver
 from gradcomp.errors import ConfigError, GradcompError, GradientError
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.options import check_choice, check_integer
+from gradcomp.ownership import Ownership
 from gradcomp.plan import Plan, message_bounds
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
@@ -85,6 +86,7 @@ class GradientExchange:
         self._plan = self._make_plan(compressor)
         self._numels = {row.name: row.numel for row in self._plan.table}
         self._store = StateStore(transport.rank)
+        self._ownership = Ownership(self._tensors)
         self._totals = Totals()
         self._step = 0
         self._turn = 0  # numbers messages; unlike the step it never goes back, not even when a state is loaded
@@ -341,6 +343,7 @@ class GradientExchange:
                 work.finish(commit=not nonfinite)
         self._step += 1
         self._next_turn()
+        self._ownership.end_step()
         self._totals.add(self._record, gradient_bytes=self._plan.gradient_bytes, nonfinite=nonfinite)
         self._start_step()
         if self._digest_every and self._step % self._digest_every == 0:
@@ -362,6 +365,7 @@ class GradientExchange:
             torch.cuda.current_stream(self._tensors[bucket.parameters[0]].device).synchronize()
         work = BucketWork(
             bucket=bucket,
+            ownership=self._ownership,
             pieces=self._plan.pieces[bucket.index],
             table=self._plan.table,
             tensors=self._tensors,

@@ -7,15 +7,14 @@ dict of tensors (:data:`State`), what lives on the network in the transport's co
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from gradcomp.errors import TransportTimeout
+from gradcomp.interface_transport import Buffer, Incoming, Slot, Transport
 from gradcomp.options import Configured
 from gradcomp.rounds import alone
 
@@ -23,10 +22,21 @@ if TYPE_CHECKING:
     from gradcomp.bucket import Message, Piece, Unit
     from gradcomp.packet import Packet
 
-__all__ = ["Buffer", "Compressor", "Exchange", "Incoming", "LinearCompressor", "Slot", "State", "Transport", "Work"]
+__all__ = [
+    "Buffer",
+    "Commit",
+    "Compressor",
+    "Exchange",
+    "Incoming",
+    "LinearCompressor",
+    "Slot",
+    "State",
+    "Transport",
+    "Work",
+]
 
 State = dict[str, Tensor]
-Buffer = bytes | bytearray | memoryview
+Commit = Callable[[], Tensor | None]
 
 
 class Compressor(Configured, ABC):
@@ -120,6 +130,22 @@ class Compressor(Configured, ABC):
         finite.
         """
 
+    def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
+        """:meth:`encode` a gradient whose memory is not needed any more, and :meth:`commit` later.
+
+        The residual's new value may be written where the gradient was, and become the residual when it is committed:
+        then nothing has to be copied. A step that is not sure is given up by not committing.
+
+        Args:
+            grad: owned by the caller alone; holds nothing of use afterwards.
+
+        Returns:
+            The packet, to the bits of :meth:`encode`, and what commits it. That returns memory for as many float32 that
+            is not needed any more, flat, or None.
+        """
+        packet = self.encode(grad, state)
+        return packet, lambda: self.commit(grad, packet, state)
+
     @final
     def compress(self, grad: Tensor, state: State | None = None) -> Packet:
         """Encode ``grad`` and update ``state`` in place: ``grad + residual == decompress(packet) + new residual``.
@@ -189,149 +215,6 @@ class LinearCompressor(Compressor):
     def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
         """As :meth:`commit`, for what :meth:`rounds` returned."""
         self.commit(grad, own, state)
-
-
-class Slot(NamedTuple):
-    """Where a message belongs: every (sender, slot) is sent at most once in a run."""
-
-    step: int
-    bucket: int
-    stage: int
-
-
-class Incoming(ABC):
-    """A message on its way here."""
-
-    peer: int
-    slot: Slot
-
-    @property
-    @abstractmethod
-    def done(self) -> bool:
-        """Whether :meth:`result` would return or raise at once."""
-
-    @property
-    @abstractmethod
-    def failed(self) -> bool:
-        """Whether :meth:`result` would raise at once."""
-
-    @abstractmethod
-    def result(self) -> memoryview:
-        """The whole message, contiguous.
-
-        Raises:
-            PeerLost: the sender is gone.
-            TransportError: the sender broke the protocol, or this transport was closed.
-        """
-
-
-class Transport(Configured, ABC):
-    """Carries messages between ranks, whole and in order of nothing but their slots.
-
-    A connection lasts from :meth:`connect` to :meth:`close`. Sending never blocks; receiving is asking for an
-    :class:`Incoming` and waiting for it. ``gradcomp.testing.check_transport`` checks the whole contract.
-
-    Attributes:
-        rank: this process's rank, in 0..world_size-1.
-        world_size: number of ranks.
-        timeout_s: how long a blocking call may take, in seconds.
-        arrival: notified whenever an Incoming becomes done; hold it to wait for several things at once.
-        bytes_sent, bytes_received: everything put on and taken off the wire for data, headers included.
-    """
-
-    rank: int
-    world_size: int
-    timeout_s: float
-    arrival: threading.Condition
-    bytes_sent: int
-    bytes_received: int
-
-    @abstractmethod
-    def connect(
-        self,
-        hello: Mapping[str, str | int | bytes],
-        *,
-        max_message_bytes: int,
-        max_unclaimed_bytes: int | None = None,
-    ) -> None:
-        """Meet the other ranks and make sure that all of them said the same ``hello``.
-
-        Args:
-            hello: what every rank must agree on, field by field (see :mod:`gradcomp.handshake`).
-            max_message_bytes: no message is longer; a peer that sends a longer one is cut off.
-            max_unclaimed_bytes: a peer that sends more than that before it is asked for is cut off. A peer may be about
-                a step ahead, so this should be two steps' messages, at least. None: the transport's own default.
-
-        Raises:
-            HandshakeError: a rank said something else; names the first field that differs, on every rank.
-            TransportTimeout: a rank did not come within ``timeout_s``; names the missing ranks.
-        """
-
-    @abstractmethod
-    def send(self, peer: int, slot: Slot, parts: Sequence[Buffer]) -> None:
-        """Send the concatenation of ``parts`` to ``peer``; returns at once.
-
-        The parts must not change until :meth:`close`: they may be read without a copy.
-
-        Raises:
-            PeerLost: ``peer`` is gone.
-            TransportError: not connected, or closed.
-        """
-
-    @abstractmethod
-    def recv(self, peer: int, slot: Slot) -> Incoming:
-        """Ask for the message ``peer`` sends to ``slot``; returns at once, whether it is here or not."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Leave: tell the peers, let what was sent get out, free everything. Bounded; may be called twice."""
-
-    def all_reduce(self, slot: Slot, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
-        """The sum of every rank's ``mine``, the same bits on all; yields what must be here before it goes on.
-
-        A transport with an all-reduce of its own puts it here; this one sends and receives, at ``slot``'s stage and the
-        next. ``mine`` is flat float32, must not change until :meth:`close`. ``one_trip``: rather more bytes than trips.
-        """
-        from gradcomp.sums import sum_over_ranks
-
-        return (yield from sum_over_ranks(self, slot, mine, one_trip=one_trip))
-
-    @final
-    def wait(self, incoming: Sequence[Incoming], *, timeout_s: float | None = None) -> list[memoryview]:
-        """The messages of ``incoming``, when all are here.
-
-        Args:
-            timeout_s: how long to wait, in seconds; None for the transport's own ``timeout_s``.
-
-        Raises:
-            TransportTimeout: not all were here in time; names the ranks that are missing.
-            PeerLost: as :meth:`Incoming.result`.
-        """
-        patience = self.timeout_s if timeout_s is None else timeout_s
-        with self.arrival:
-            # A failure is reported at once: the others that are missing may be waiting for us in turn.
-            self.arrival.wait_for(lambda: any(i.failed for i in incoming) or all(i.done for i in incoming), patience)
-        for i in incoming:
-            if i.failed:
-                i.result()
-        missing = [i for i in incoming if not i.done]
-        if missing:
-            slot, peers = missing[0].slot, ", ".join(str(i.peer) for i in missing)
-            raise TransportTimeout(
-                f"rank {self.rank}: nothing from rank {peers} for step {slot.step}, bucket {slot.bucket}, "
-                f"stage {slot.stage} within {patience:g} s"
-            )
-        return [i.result() for i in incoming]
-
-    @final
-    def all_gather(self, slot: Slot, payload: Buffer) -> list[memoryview]:
-        """Every rank's ``payload`` for ``slot``, in rank order. Blocks; raises as :meth:`wait`."""
-        peers = [peer for peer in range(self.world_size) if peer != self.rank]
-        incoming = [self.recv(peer, slot) for peer in peers]
-        for peer in peers:
-            self.send(peer, slot, [payload])
-        found = dict(zip(peers, self.wait(incoming), strict=True))
-        return [memoryview(payload) if peer == self.rank else found[peer] for peer in range(self.world_size)]
 
 
 class Work(ABC):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gradcomp.bucket import Bucket, Message, Parameter, Piece
 from gradcomp.errors import GradientError
-from gradcomp.interfaces import Incoming, LinearCompressor, Slot, Transport, Work
+from gradcomp.interfaces import Commit, Incoming, LinearCompressor, Slot, Transport, Work
+from gradcomp.ownership import Ownership
 from gradcomp.packet import Packet
 from gradcomp.rounds import Rounds, join
 from gradcomp.states import StateStore
@@ -30,6 +31,7 @@ class BucketWork(Work):
 
     Args:
         scale: what sums are multiplied by: 1, or 1 / world_size for the mean.
+        ownership: says which gradients' memory may become a residual, and be exchanged for the residual's.
         watch_dense: look for non-finite sums in stateless pieces too, for the sake of other pieces' residuals.
     """
 
@@ -46,6 +48,7 @@ class BucketWork(Work):
         step: int,
         scale: float,
         watch_dense: bool,
+        ownership: Ownership,
     ) -> None:
         self.rank = transport.rank
         self.world_size = transport.world_size
@@ -60,14 +63,16 @@ class BucketWork(Work):
         self._step = step
         self._scale = scale
         self._watch_dense = watch_dense
+        self._ownership = ownership
         self._device = tensors[bucket.parameters[0]].device
         self._present = tuple(tensors[p].grad is not None for p in bucket.parameters)
         self._joined: dict[int, Tensor] = {}
         self._waited: list[str] = []
         self._outs: dict[int, Tensor] = {}
+        self._exchanged: set[int] = set()  # units whose sum is built where their residual was
         self._unencoded = {i: unit.numel for i, unit in enumerate(bucket.units)}
         self._undelivered = dict(self._unencoded)
-        self._commits: list[Callable[[], None]] = []
+        self._commits: list[Callable[[], object]] = []
         self._held: list[tuple[Piece, list[Packet | None], set[int]]] = []
 
     # -- what an exchange calls ----------------------------------------------------------------------------------------
@@ -163,10 +168,21 @@ class BucketWork(Work):
             return packet
         name = self._name(piece)
         state = self._store.get(name, piece, "gradient", grad)
-        packet = piece.codec.encode(grad, state)
-        self._commits.append(partial(piece.codec.commit, grad, packet, state))
+        position = self._bucket.units[piece.unit].parameters[0]
+        if grad is whole and piece.unit not in self._joined and self._ownership.may_use_up(position):
+            packet, commit = piece.codec.prepare(grad, state)
+            self._commits.append(partial(self._commit_and_exchange, piece.unit, commit))
+        else:
+            packet = piece.codec.encode(grad, state)
+            self._commits.append(partial(piece.codec.commit, grad, packet, state))
         self._note(piece, piece.codec.stats(packet, state))
         return packet
+
+    def _commit_and_exchange(self, index: int, commit: Commit) -> None:
+        memory = commit()
+        if memory is not None:
+            self._outs[index] = memory
+            self._exchanged.add(index)
 
     def _rounds(self, piece: Piece) -> Rounds[tuple[Packet, Callable[[], None] | None]]:
         """One piece's part of :meth:`rounds`: the packet of the sum, and what commits it."""
@@ -218,8 +234,8 @@ class BucketWork(Work):
         if piece.codec.stateless:
             return piece.codec.encode(total)
         state = self._store.get(self._name(piece), piece, "sum", total)
-        packet = piece.codec.encode(total, state)
-        self._commits.append(partial(piece.codec.commit, total, packet, state))
+        packet, commit = piece.codec.prepare(total, state)
+        self._commits.append(commit)
         return packet
 
     def _apply(self, piece: Piece, packets: Sequence[Packet | None], present: set[int]) -> None:
@@ -285,7 +301,9 @@ class BucketWork(Work):
                 continue  # no rank had a gradient: the optimizer must not see one
             if tensor.grad is None:
                 tensor.grad = torch.empty_like(tensor)
-            if part.data_ptr() != tensor.grad.data_ptr():
+            if index in self._exchanged:
+                tensor.grad = part.view(tensor.shape)
+            elif part.data_ptr() != tensor.grad.data_ptr():
                 tensor.grad.detach().copy_(part.view(tensor.shape))
         del self._outs[index]
 

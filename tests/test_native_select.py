@@ -44,20 +44,28 @@ def assert_same(found: Found, expected: Found) -> None:
 def check(
     ours: Callable[..., Found], theirs: Callable[..., Found], grad: Tensor, residual: Tensor | None, option: float
 ) -> None:
-    """Compare every level, on one thread and on two, without and with an update of the residual."""
-    for update in (False, True):
-        expected_residual = None if residual is None else residual.clone()
-        expected = theirs(grad, expected_residual, option, update=update)
-        if isinstance(expected, float) and expected_residual is not None and residual is not None:
-            assert torch.equal(bits(expected_residual), bits(residual))
-            if update and not bool(residual.isfinite().all()):
+    """Compare every level, on one thread and on two; what is left goes nowhere, or to either input."""
+    for where in ("nowhere", "residual", "grad"):
+        if where != "nowhere" and residual is None:
+            continue
+        g, r = grad.clone(), None if residual is None else residual.clone()
+        left = {"nowhere": None, "residual": r, "grad": g}[where]
+        expected = theirs(g, r, option, left=left)
+        if isinstance(expected, float) and r is not None and residual is not None:
+            assert torch.equal(bits(r), bits(residual))
+            if where == "residual" and not bool(residual.isfinite().all()):
                 continue  # what was broken before may be broken otherwise afterwards
         for level in LEVELS:
             for threads in (1, 2):
-                left = None if residual is None else residual.clone()
-                assert_same(ours(grad, left, option, update, threads, level), expected)
-                if left is not None and expected_residual is not None:
-                    assert torch.equal(bits(left), bits(expected_residual))
+                g2, r2 = grad.clone(), None if residual is None else residual.clone()
+                left2 = {"nowhere": None, "residual": r2, "grad": g2}[where]
+                assert_same(ours(g2, r2, option, left2, threads, level), expected)
+                if r is not None and r2 is not None:
+                    assert torch.equal(bits(r2), bits(r))
+                if where != "grad":
+                    assert torch.equal(bits(g2), bits(grad))
+                elif not isinstance(expected, float):
+                    assert torch.equal(bits(g2), bits(g))
 
 
 def check_signs(grad: Tensor, residual: Tensor | None, tau: float) -> None:
@@ -69,11 +77,11 @@ def check_largest(grad: Tensor, residual: Tensor | None, k: int) -> None:
 
 
 def check_above(grad: Tensor, residual: Tensor | None, tau: float, most: int, k: int) -> None:
-    def ours(grad: Tensor, left: Tensor | None, tau: float, update: bool, threads: int, level: str) -> Found:
-        return native.module.encode_above(grad, left, tau, most, k, update, threads, level)
+    def ours(grad: Tensor, held: Tensor | None, tau: float, left: Tensor | None, threads: int, level: str) -> Found:
+        return native.module.encode_above(grad, held, tau, most, k, left, threads, level)
 
-    def theirs(grad: Tensor, left: Tensor | None, tau: float, *, update: bool) -> Found:
-        return reference.encode_above(grad, left, tau, most, k, update=update)
+    def theirs(grad: Tensor, held: Tensor | None, tau: float, *, left: Tensor | None) -> Found:
+        return reference.encode_above(grad, held, tau, most, k, left=left)
 
     check(ours, theirs, grad, residual, tau)
 
@@ -250,8 +258,8 @@ def test_samples_put_what_is_not_finite_first() -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     grad, residual = normal(1000).to(dtype), normal(1000, 1)
     left = residual.clone()
-    ours = kernels.encode_signs(grad, left, 1.0, update=True)
-    assert_same(ours, reference.encode_signs(grad, residual, 1.0, update=True))
+    ours = kernels.encode_signs(grad, left, 1.0, left=left)
+    assert_same(ours, reference.encode_signs(grad, residual, 1.0, left=residual))
     assert torch.equal(bits(left), bits(residual))
 
 
@@ -292,7 +300,7 @@ def test_what_it_cannot_read_is_refused(
     grad: Tensor, residual: Tensor | None, tau: float, level: str, error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        native.module.encode_signs(grad, residual, tau, False, 1, level)
+        native.module.encode_signs(grad, residual, tau, None, 1, level)
 
 
 @pytest.mark.parametrize("align", [1, 64, 1024])

@@ -40,3 +40,9 @@ def add_dense(packet: Packet, out: Tensor, scale: float, addend: Tensor | None =
     if addend is not None:
         out += addend
     kernels.add_scaled(out, packet.payload.view(torch.float32), scale)
+
+
+def exchange_residual(state: dict[str, Tensor], left: Tensor) -> Tensor:
+    """Make ``left`` the residual; returns the old one, whose memory nobody needs any more."""
+    old, state["residual"] = state["residual"], left
+    return old

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels, residual
-from gradcomp.compressors import flat_gradient
+from gradcomp.compressors import exchange_residual, flat_gradient
 from gradcomp.compressors.topk import TopK
 from gradcomp.errors import ConfigError
-from gradcomp.interfaces import Compressor, State
+from gradcomp.interfaces import Commit, Compressor, State
 from gradcomp.kernels.reference_chunks import chunks
 from gradcomp.options import check_flag, check_integer, check_number
 from gradcomp.packet import Packet
@@ -106,17 +106,29 @@ class DeepGradientCompression(Compressor):
         return state
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        return self._encode(grad, state, update=False)
+        return self._encode(grad, state)
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
         if self.momentum:
             return super().encode_in_place(grad, state)
-        packet = self._encode(grad, state, update=True)
+        packet = self._encode(grad, state, state["residual"])
         if self.warmup_steps and not packet.is_nonfinite:
             state["step"] += 1
         return packet
 
-    def _encode(self, grad: Tensor, state: State | None, *, update: bool) -> Packet:
+    def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
+        left = flat_gradient(grad)
+        if self.momentum or left.dtype != torch.float32:
+            return super().prepare(grad, state)
+
+        def commit() -> Tensor:
+            if self.warmup_steps:
+                state["step"] += 1
+            return exchange_residual(state, left)
+
+        return self._encode(grad, state, left), commit
+
+    def _encode(self, grad: Tensor, state: State | None, left: Tensor | None = None) -> Packet:
         flat = self._clipped(flat_gradient(grad))
         numel = flat.numel()
         count = max(1, self._count(numel, int(state["step"]) if state is not None and self.warmup_steps else 0))
@@ -124,7 +136,7 @@ class DeepGradientCompression(Compressor):
         if state is not None and self.momentum:
             flat = self._advance(state["momentum"], flat, torch.empty_like(state["momentum"]))
         tau = _threshold(flat, held, count, numel)
-        found = kernels.encode_above(flat, held, tau, int(_FAR_MORE * count), count, update=update)
+        found = kernels.encode_above(flat, held, tau, int(_FAR_MORE * count), count, left=left)
         if isinstance(found, float):
             return Packet.nonfinite(found, numel, flat.device)
         return Packet.coded_values(*found, numel)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from gradcomp import indices, kernels
-from gradcomp.compressors import flat_gradient
+from gradcomp.compressors import exchange_residual, flat_gradient
 from gradcomp.errors import ConfigError
-from gradcomp.interfaces import Compressor, State
+from gradcomp.interfaces import Commit, Compressor, State
 from gradcomp.options import check_number
 from gradcomp.packet import HEADER_NBYTES, Coding, Kind, Packet
 
@@ -76,19 +76,38 @@ class Threshold(Compressor):
         return state
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        return self._encode(flat_gradient(grad), state, update=False)
+        return self._encode(flat_gradient(grad), state)
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
-        packet = self._encode(flat_gradient(grad), state, update=True)
+        packet = self._encode(flat_gradient(grad), state, state["residual"])
         if not packet.is_nonfinite:
             self._adapt(grad, packet, state)
         return packet
+
+    def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
+        left = flat_gradient(grad)
+        if left.dtype != torch.float32:
+            return super().prepare(grad, state)
+        stride, count = kernels.sample_size(left.numel(), self.density or 1.0)
+        sample = left[::stride].clone() if self.density is not None else left[:0]
+        packet = self._encode(left, state, left)
+        if self.density is not None and not packet.is_nonfinite:
+            # What _adapt is going to see, taken while it is at hand.
+            sample = (sample * _WEIGHT_OF_NEXT).add_(left[::stride])
+            tau = _best_tau(sample.abs_().topk(count).values)
+
+        def commit() -> Tensor:
+            if self.density is not None:
+                state["tau"].fill_(tau or packet.scalar or math.nan)
+            return exchange_residual(state, left)
+
+        return packet, commit
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         super().commit(grad, packet, state)
         self._adapt(grad, packet, state)
 
-    def _encode(self, flat: Tensor, state: State | None, *, update: bool) -> Packet:
+    def _encode(self, flat: Tensor, state: State | None, left: Tensor | None = None) -> Packet:
         residual = None if state is None else state["residual"]
         if self.density is None:
             tau = self.tau or 0.0
@@ -97,7 +116,7 @@ class Threshold(Compressor):
             if not tau > 0.0:
                 tau = _best_tau(kernels.sample_largest(flat, residual, self.density))
         # Every element of the sample is 0: nothing to go by yet. No finite element passes the largest of all.
-        found = kernels.encode_signs(flat, residual, tau or _FLOAT32.max, update=update)
+        found = kernels.encode_signs(flat, residual, tau or _FLOAT32.max, left=left)
         if isinstance(found, float):
             return Packet.nonfinite(found, flat.numel(), flat.device)
         return Packet.coded_signs(*found, flat.numel(), tau)

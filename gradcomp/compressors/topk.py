@@ -16,12 +16,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from gradcomp import indices, kernels
-from gradcomp.compressors import flat_gradient
+from gradcomp.compressors import exchange_residual, flat_gradient
 from gradcomp.errors import ConfigError
-from gradcomp.interfaces import Compressor, State
+from gradcomp.interfaces import Commit, Compressor, State
 from gradcomp.options import check_integer, check_number
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
@@ -56,14 +57,20 @@ class TopK(Compressor):
         object.__setattr__(self, "ratio", float(ratio))
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        return self._encode(flat_gradient(grad), state, update=False)
+        return self._encode(flat_gradient(grad), state)
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
-        return self._encode(flat_gradient(grad), state, update=True)
+        return self._encode(flat_gradient(grad), state, state["residual"])
 
-    def _encode(self, flat: Tensor, state: State | None, *, update: bool) -> Packet:
+    def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
+        left = flat_gradient(grad)
+        if left.dtype != torch.float32:
+            return super().prepare(grad, state)
+        return self._encode(left, state, left), lambda: exchange_residual(state, left)
+
+    def _encode(self, flat: Tensor, state: State | None, left: Tensor | None = None) -> Packet:
         residual = None if state is None else state["residual"]
-        found = kernels.encode_largest(flat, residual, max(self._count(flat.numel()), 1), update=update)
+        found = kernels.encode_largest(flat, residual, max(self._count(flat.numel()), 1), left=left)
         if isinstance(found, float):
             return Packet.nonfinite(found, flat.numel(), flat.device)
         return Packet.coded_values(*found, flat.numel())

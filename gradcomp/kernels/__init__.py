@@ -11,7 +11,14 @@ from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
 from gradcomp.kernels.dense import add_scaled, cast
 from gradcomp.kernels.indices import add_signs, add_values
 from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
-from gradcomp.kernels.reference import largest_coefficients, norms, orthonormal, select_largest, select_threshold
+from gradcomp.kernels.reference import (
+    largest_coefficients,
+    norms,
+    orthonormal,
+    sample_size,
+    select_largest,
+    select_threshold,
+)
 from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
 from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
 from gradcomp.kernels.transform import add_factors, add_spectrum
@@ -45,6 +52,7 @@ __all__ = [
     "pack_signs",
     "pack_votes",
     "sample_largest",
+    "sample_size",
     "select_largest",
     "select_threshold",
 ]

@@ -117,38 +117,45 @@ def _largest_of(grad: Tensor, residual: Tensor | None, index: Tensor, k: int) ->
 
 
 def encode_signs(
-    grad: Tensor, residual: Tensor | None, tau: float, *, update: bool = False
+    grad: Tensor, residual: Tensor | None, tau: float, *, left: Tensor | None = None
 ) -> tuple[Tensor, int] | float:
-    """What passes +-tau as the payload of a SIGNS packet; with ``update`` the residual becomes acc less what is sent.
+    """What passes +-tau as the payload of a SIGNS packet.
+
+    Args:
+        left: float32, where to write acc less what is sent. May be ``residual``, which is left alone if acc is not
+            finite, or ``grad``, which then holds nothing of use; needs a residual.
 
     Returns:
-        The coded index set (uint8) and how many it names; or a float if acc is not finite, and the residual as it was.
+        The coded index set (uint8) and how many it names; or a float if acc is not finite.
     """
     found = select_threshold(grad, residual, tau)
     if isinstance(found, float):
         return found
     index, negative = found
-    if update and residual is not None:
-        residual.add_(grad)
-        scatter_signs(residual, index, negative, -tau)
+    if left is not None and residual is not None:
+        torch.add(residual, grad, out=left)
+        scatter_signs(left, index, negative, -tau)
     coding = indices.choose(len(index), grad.numel(), signed=True)
     return indices.encode(index, negative, grad.numel(), coding), len(index)
 
 
 def encode_largest(
-    grad: Tensor, residual: Tensor | None, k: int, *, update: bool = False
+    grad: Tensor, residual: Tensor | None, k: int, *, left: Tensor | None = None
 ) -> tuple[Tensor, int] | float:
-    """:func:`select_largest` as the payload of a VALUES packet; with ``update`` the residual is 0 where it was sent.
+    """:func:`select_largest` as the payload of a VALUES packet.
+
+    Args:
+        left: as for :func:`encode_signs`; 0 where something is sent.
 
     Returns:
-        Values and coded index set (uint8), and how many; or a float if acc is not finite, and the residual as it was.
+        Values and coded index set (uint8), and how many; or a float if acc is not finite.
     """
     found = select_largest(grad, residual, k)
-    return found if isinstance(found, float) else _values(grad, residual, *found, update)
+    return found if isinstance(found, float) else _values(grad, residual, *found, left)
 
 
 def encode_above(
-    grad: Tensor, residual: Tensor | None, tau: float, most: int, k: int, *, update: bool = False
+    grad: Tensor, residual: Tensor | None, tau: float, most: int, k: int, *, left: Tensor | None = None
 ) -> tuple[Tensor, int] | float:
     """What passes +-tau, or the k largest of that if more than ``most`` do, as the payload of a VALUES packet.
 
@@ -163,13 +170,15 @@ def encode_above(
         return found
     count = len(found[0])
     chosen = _largest_of(grad, residual, found[0], k if count > most else count)
-    return _values(grad, residual, *chosen, update)
+    return _values(grad, residual, *chosen, left)
 
 
-def _values(grad: Tensor, residual: Tensor | None, index: Tensor, values: Tensor, update: bool) -> tuple[Tensor, int]:
-    if update and residual is not None:
-        residual.add_(grad)
-        residual[index] -= values
+def _values(
+    grad: Tensor, residual: Tensor | None, index: Tensor, values: Tensor, left: Tensor | None
+) -> tuple[Tensor, int]:
+    if left is not None and residual is not None:
+        torch.add(residual, grad, out=left)
+        left[index] -= values
     coding = indices.choose(len(index), grad.numel(), signed=False)
     coded = indices.encode(index, None, grad.numel(), coding)
     return torch.cat([values.contiguous().view(torch.uint8), coded]), len(index)

@@ -10,21 +10,21 @@ __all__ = ["encode_above", "encode_largest", "encode_signs", "sample_largest"]
 
 
 def encode_signs(
-    grad: Tensor, residual: Tensor | None, tau: float, *, update: bool = False, threads: int | None = None
+    grad: Tensor, residual: Tensor | None, tau: float, *, left: Tensor | None = None, threads: int | None = None
 ) -> tuple[Tensor, int] | float:
     """:func:`gradcomp.kernels.reference.encode_signs`, from the fastest backend."""
     if native.takes(grad):
-        return native.module.encode_signs(native.floats(grad), residual, tau, update, native.thread_count(threads))
-    return reference.encode_signs(grad, residual, tau, update=update)
+        return native.module.encode_signs(native.floats(grad), residual, tau, left, native.thread_count(threads))
+    return reference.encode_signs(grad, residual, tau, left=left)
 
 
 def encode_largest(
-    grad: Tensor, residual: Tensor | None, k: int, *, update: bool = False, threads: int | None = None
+    grad: Tensor, residual: Tensor | None, k: int, *, left: Tensor | None = None, threads: int | None = None
 ) -> tuple[Tensor, int] | float:
     """:func:`gradcomp.kernels.reference.encode_largest`, from the fastest backend."""
     if native.takes(grad):
-        return native.module.encode_largest(native.floats(grad), residual, k, update, native.thread_count(threads))
-    return reference.encode_largest(grad, residual, k, update=update)
+        return native.module.encode_largest(native.floats(grad), residual, k, left, native.thread_count(threads))
+    return reference.encode_largest(grad, residual, k, left=left)
 
 
 def encode_above(
@@ -34,14 +34,14 @@ def encode_above(
     most: int,
     k: int,
     *,
-    update: bool = False,
+    left: Tensor | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, int] | float:
     """:func:`gradcomp.kernels.reference.encode_above`, from the fastest backend."""
     if native.takes(grad):
         flat, count = native.floats(grad), native.thread_count(threads)
-        return native.module.encode_above(flat, residual, tau, most, k, update, count)
-    return reference.encode_above(grad, residual, tau, most, k, update=update)
+        return native.module.encode_above(flat, residual, tau, most, k, left, count)
+    return reference.encode_above(grad, residual, tau, most, k, left=left)
 
 
 def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight: float = 1.0) -> Tensor:

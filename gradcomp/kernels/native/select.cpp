@@ -38,10 +38,11 @@ void grow(Values *values) {
 #define GRADCOMP_BODY "select_body.h"
 #include "foreach_level.h"
 
-// A gradient, its residual (null: zeros), and how to go about it.
+// A gradient, its residual (null: zeros), where to write what is left of their sum (null: nowhere), and how to go about it.
 struct Source {
     const float *grad;
-    float *residual;
+    const float *residual;
+    float *left;
     std::size_t numel;
     Level level;
     int threads;
@@ -72,7 +73,7 @@ std::uint64_t *planes(std::size_t words) {
     return memory.get();
 }
 
-Selection select(const Source &from, What what, float tau, bool update) {
+Selection select(const Source &from, What what, float tau, bool leave) {
     const std::size_t words = words_of(from.numel);
     std::uint64_t *const memory = planes(words);
     Selection found{memory, memory + words, {}};
@@ -81,12 +82,13 @@ Selection select(const Source &from, What what, float tau, bool update) {
     std::vector<Values> values(starts.size() - 1);
     parallel(starts, [&](std::size_t part, std::size_t start, std::size_t stop) {
         const float *grad = from.grad + start;
-        float *residual = from.residual ? from.residual + start : nullptr;
+        const float *residual = from.residual ? from.residual + start : nullptr;
+        float *left = leave && from.left ? from.left + start : nullptr;
         std::uint64_t *mask = found.mask + start / 64;
         std::uint64_t *negative = found.negative + start / 64;
         parts[part] = what == What::signs
-                          ? GRADCOMP_AT(from.level, scan_signs)(grad, residual, stop - start, tau, update, mask, negative)
-                          : GRADCOMP_AT(from.level, scan_values)(grad, residual, stop - start, tau, update, mask, negative,
+                          ? GRADCOMP_AT(from.level, scan_signs)(grad, residual, left, stop - start, tau, mask, negative)
+                          : GRADCOMP_AT(from.level, scan_values)(grad, residual, left, stop - start, tau, mask, negative,
                                                                  &values[part]);
     });
     for (std::size_t part = 0; part < parts.size(); ++part) {
@@ -96,6 +98,13 @@ Selection select(const Source &from, What what, float tau, bool update) {
         if (values[part].size) found.values.insert(found.values.end(), first, first + values[part].size);
     }
     return found;
+}
+
+// The residual must stay as it is if anything is not finite; what else is written to is the caller's to lose.
+Selection select_safely(const Source &from, What what, float tau) {
+    if (from.left == nullptr || from.left != from.residual) return select(from, what, tau, true);
+    return sweep_safely(from.grad, from.numel, true, from.level, from.threads,
+                        [&](bool leave) { return select(from, what, tau, leave); });
 }
 
 // The `count` largest magnitudes, as bits, falling, of every stride-th element of weight * grad + residual.
@@ -158,19 +167,19 @@ void keep_largest(Selection &found, std::size_t numel, std::size_t k, float *res
     found.count = k;
 }
 
-void put_back(const Selection &found, float *residual, std::size_t numel) {
+void put_back(const Selection &found, float *left, std::size_t numel) {
     std::size_t at = 0;
     for (std::size_t word = 0; word < words_of(numel); ++word) {
         for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
-            residual[64 * word + trailing_zeros(rest)] = found.values[at++];
+            left[64 * word + trailing_zeros(rest)] = found.values[at++];
         }
     }
 }
 
-void clear(const Selection &found, float *residual, std::size_t numel) {
+void clear(const Selection &found, float *left, std::size_t numel) {
     for (std::size_t word = 0; word < words_of(numel); ++word) {
         for (std::uint64_t rest = found.mask[word]; rest != 0; rest &= rest - 1) {
-            residual[64 * word + trailing_zeros(rest)] = 0.0f;
+            left[64 * word + trailing_zeros(rest)] = 0.0f;
         }
     }
 }
@@ -181,35 +190,33 @@ struct Packed {
     bool finite = true;
 };
 
-Packed encode_signs(const Source &from, float tau, bool update) {
-    const Selection found = sweep_safely(from.grad, from.numel, update, from.level, from.threads,
-                                         [&](bool now) { return select(from, What::signs, tau, now); });
+Packed encode_signs(const Source &from, float tau) {
+    const Selection found = select_safely(from, What::signs, tau);
     if (!found.finite) return Packed{Coded{}, 0, false};
     const Coding coding = choose_coding(found.count, from.numel, true);
-    return Packed{encode_planes(found.mask, found.negative, from.numel, found.count, coding,
-                                from.level),
-                  found.count};
+    return Packed{encode_planes(found.mask, found.negative, from.numel, found.count, coding, from.level), found.count};
 }
 
 // What passes +-tau, with its values: if more than `most` do, the k largest. If fewer than k do and `exact`, tau is lowered
 // until enough do.
-Packed encode_values(const Source &from, float tau, std::size_t most, std::size_t k, bool exact, bool update) {
-    Selection found = sweep_safely(from.grad, from.numel, update, from.level, from.threads,
-                                   [&](bool now) { return select(from, What::values, tau, now); });
-    if (!found.finite) return Packed{Coded{}, 0, false};
+Packed encode_values(const Source &from, float tau, std::size_t most, std::size_t k, bool exact) {
+    Selection found = select_safely(from, What::values, tau);
+    if (!found.finite) {
+        if (from.left == from.grad) put_back(found, from.left, from.numel);  // what was found is asked for
+        return Packed{Coded{}, 0, false};
+    }
     while (exact && found.count < k && tau > 0.0f) {
         tau = found.count > k / 4 ? tau / 2 : 0.0f;
-        if (update) {
-            // The residual is acc by now, but for what was selected: with that put back, select from it alone.
-            put_back(found, from.residual, from.numel);
-            const Source acc{from.residual, nullptr, from.numel, from.level, from.threads};
-            found = select(acc, What::values, tau, false);
-            clear(found, from.residual, from.numel);
+        if (from.left) {
+            // It holds acc, but for what was selected: with that put back, select from it alone.
+            put_back(found, from.left, from.numel);
+            found = select(Source{from.left, nullptr, nullptr, from.numel, from.level, from.threads}, What::values, tau, false);
+            clear(found, from.left, from.numel);
         } else {
             found = select(from, What::values, tau, false);
         }
     }
-    if (found.count > most) keep_largest(found, from.numel, k, update ? from.residual : nullptr);
+    if (found.count > most) keep_largest(found, from.numel, k, from.left);
     const Coding coding = choose_coding(found.count, from.numel, false);
     const std::size_t values_nbytes = 4 * found.values.size();
     Packed packed{Coded{new_array<std::uint8_t>(values_nbytes +
@@ -224,11 +231,15 @@ Packed encode_values(const Source &from, float tau, std::size_t most, std::size_
 
 // -- what Python sees ---------------------------------------------------------------------------------------------------
 
-using Residual = std::optional<MutableFloats>;
+using Residual = std::optional<Floats>;
+using Left = std::optional<MutableFloats>;
 
-Source source(const Floats &grad, const Residual &residual, const std::string &level, int threads) {
+Source source(const Floats &grad, const Residual &residual, const Left &left, const std::string &level, int threads) {
     if (residual) require_same_size("residual", *residual, grad);
-    return Source{grad.data(), residual ? residual->data() : nullptr, grad.shape(0), level_named(level), threads};
+    if (left) require_same_size("left", *left, grad);
+    if (left && !residual) throw std::invalid_argument("left needs a residual");
+    return Source{grad.data(),   residual ? residual->data() : nullptr, left ? left->data() : nullptr,
+                  grad.shape(0), level_named(level),                    threads};
 }
 
 template <typename Encode> nb::object encoded(const Source &from, const Encode &encode) {
@@ -237,38 +248,39 @@ template <typename Encode> nb::object encoded(const Source &from, const Encode &
     {
         nb::gil_scoped_release released;
         packed = encode();
-        if (!packed.finite) broken = sum_nonfinite(from.grad, from.residual, from.numel);
+        // Where what is left was written over the gradient, that is the sum by now.
+        if (!packed.finite) broken = sum_nonfinite(from.grad, from.left == from.grad ? nullptr : from.residual, from.numel);
     }
     if (!packed.finite) return nb::float_(broken);
     return nb::make_tuple(as_tensor(std::move(packed.coded.bytes), packed.coded.nbytes), packed.count);
 }
 
-nb::object bound_encode_signs(const Floats &grad, const Residual &residual, float tau, bool update, int threads,
+nb::object bound_encode_signs(const Floats &grad, const Residual &residual, float tau, const Left &left, int threads,
                               const std::string &level) {
     if (!(tau >= 0.0f) || !std::isfinite(tau)) throw std::invalid_argument("tau must be finite and at least 0");
-    const Source from = source(grad, residual, level, threads);
-    return encoded(from, [&] { return encode_signs(from, tau, update && residual); });
+    const Source from = source(grad, residual, left, level, threads);
+    return encoded(from, [&] { return encode_signs(from, tau); });
 }
 
-nb::object bound_encode_largest(const Floats &grad, const Residual &residual, std::size_t k, bool update, int threads,
+nb::object bound_encode_largest(const Floats &grad, const Residual &residual, std::size_t k, const Left &left, int threads,
                                 const std::string &level) {
     if (k == 0) throw std::invalid_argument("k must be at least 1");
-    const Source from = source(grad, residual, level, threads);
-    return encoded(from, [&] { return encode_values(from, guess_threshold(from, k), k, k, true, update && residual); });
+    const Source from = source(grad, residual, left, level, threads);
+    return encoded(from, [&] { return encode_values(from, guess_threshold(from, k), k, k, true); });
 }
 
 nb::object bound_encode_above(const Floats &grad, const Residual &residual, float tau, std::size_t most, std::size_t k,
-                              bool update, int threads, const std::string &level) {
+                              const Left &left, int threads, const std::string &level) {
     if (!(tau >= 0.0f) || !std::isfinite(tau)) throw std::invalid_argument("tau must be finite and at least 0");
     if (k == 0 || most < k) throw std::invalid_argument("k must be at least 1 and at most `most`");
-    const Source from = source(grad, residual, level, threads);
-    return encoded(from, [&] { return encode_values(from, tau, most, k, false, update && residual); });
+    const Source from = source(grad, residual, left, level, threads);
+    return encoded(from, [&] { return encode_values(from, tau, most, k, false); });
 }
 
 nb::object bound_sample_largest(const Floats &grad, const Residual &residual, std::size_t stride, std::size_t count,
                                 float weight) {
     if (stride == 0) throw std::invalid_argument("stride must be at least 1");
-    const Source from = source(grad, residual, "generic", 1);
+    const Source from = source(grad, residual, std::nullopt, "generic", 1);
     Array<float> values;
     std::size_t found = 0;
     {
@@ -286,11 +298,11 @@ nb::object bound_sample_largest(const Floats &grad, const Residual &residual, st
 void bind_select(nb::module_ &module) {
     const nb::object best = module.attr("LEVEL");
     module.def("encode_signs", &bound_encode_signs, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "tau"_a,
-               "update"_a, "threads"_a, "level"_a = best);
+               "left"_a.noconvert().none(), "threads"_a, "level"_a = best);
     module.def("encode_largest", &bound_encode_largest, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "k"_a,
-               "update"_a, "threads"_a, "level"_a = best);
+               "left"_a.noconvert().none(), "threads"_a, "level"_a = best);
     module.def("encode_above", &bound_encode_above, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "tau"_a, "most"_a,
-               "k"_a, "update"_a, "threads"_a, "level"_a = best);
+               "k"_a, "left"_a.noconvert().none(), "threads"_a, "level"_a = best);
     module.def("sample_largest", &bound_sample_largest, "grad"_a.noconvert(), "residual"_a.noconvert().none(),
                "stride"_a, "count"_a, "weight"_a);
 }

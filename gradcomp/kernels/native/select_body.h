@@ -1,5 +1,6 @@
 // Reads acc = grad + residual and marks in two bit planes what passes +-tau, 64 elements a word; without kSigns also lists
-// the values of that. With kUpdate the residual becomes what is left of acc where it passes: acc -+ tau with kSigns, else 0.
+// the values of that. With kLeft writes what is left of acc to `left`, which may be grad or residual: where it passes
+// acc -+ tau with kSigns, else 0; elsewhere acc.
 
 struct Marks {
     std::uint64_t mask;
@@ -15,8 +16,9 @@ GRADCOMP_INLINE void list_values(std::uint64_t mask, const float *block, Values 
 
 #if GRADCOMP_LEVEL >= 2
 
-template <bool kResidual, bool kUpdate, bool kSigns>
-GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m256i &most, Values *values) {
+template <bool kResidual, bool kLeft, bool kSigns>
+GRADCOMP_INLINE Marks mark_64(const float *grad, const float *residual, float *left, float tau, __m256i &most,
+                              Values *values) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     const __m256 limit = _mm256_set1_ps(tau);
     __m256 acc[8];
@@ -32,8 +34,8 @@ GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m
     }
     Marks marks{0, 0};
     if (_mm256_testz_ps(any, any)) {
-        if (kUpdate) {
-            for (int k = 0; k < 8; ++k) _mm256_storeu_ps(residual + 8 * k, acc[k]);
+        if (kLeft) {
+            for (int k = 0; k < 8; ++k) _mm256_storeu_ps(left + 8 * k, acc[k]);
         }
         return marks;
     }
@@ -41,11 +43,11 @@ GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m
         marks.mask |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_ps(passes[k]))) << (8 * k);
         const __m256 below = _mm256_and_ps(passes[k], acc[k]);
         marks.negative |= static_cast<std::uint64_t>(static_cast<unsigned>(_mm256_movemask_ps(below))) << (8 * k);
-        if (kUpdate) {
+        if (kLeft) {
             const __m256 sent = _mm256_or_ps(limit, _mm256_and_ps(sign, acc[k]));
-            const __m256 left = kSigns ? _mm256_sub_ps(acc[k], _mm256_and_ps(passes[k], sent))
+            const __m256 rest = kSigns ? _mm256_sub_ps(acc[k], _mm256_and_ps(passes[k], sent))
                                        : _mm256_andnot_ps(passes[k], acc[k]);
-            _mm256_storeu_ps(residual + 8 * k, left);
+            _mm256_storeu_ps(left + 8 * k, rest);
         }
     }
     if (!kSigns) {
@@ -59,8 +61,8 @@ GRADCOMP_INLINE Marks mark_64(const float *grad, float *residual, float tau, __m
 #endif
 
 // The same, an element at a time after one look at the block: for the end of a vector, and for other processors.
-template <bool kResidual, bool kUpdate, bool kSigns>
-GRADCOMP_INLINE Marks mark_some(const float *grad, float *residual, std::size_t length, float tau,
+template <bool kResidual, bool kLeft, bool kSigns>
+GRADCOMP_INLINE Marks mark_some(const float *grad, const float *residual, float *left, std::size_t length, float tau,
                                 std::uint32_t limit, std::uint32_t &most, Values *values) {
     float acc[64];
     std::uint32_t largest = 0;
@@ -68,7 +70,7 @@ GRADCOMP_INLINE Marks mark_some(const float *grad, float *residual, std::size_t 
         acc[i] = kResidual ? grad[i] + residual[i] : grad[i];
         const std::uint32_t magnitude = bits_of(acc[i]) & kMagnitude;
         largest = magnitude > largest ? magnitude : largest;
-        if (kUpdate) residual[i] = acc[i];
+        if (kLeft) left[i] = acc[i];
     }
     most = largest > most ? largest : most;
     Marks marks{0, 0};
@@ -79,14 +81,14 @@ GRADCOMP_INLINE Marks mark_some(const float *grad, float *residual, std::size_t 
         const std::uint64_t below = pass & (bits >> 31);
         marks.mask |= pass << i;
         marks.negative |= below << i;
-        if (kUpdate && pass) residual[i] = kSigns ? acc[i] - (below ? -tau : tau) : 0.0f;
+        if (kLeft && pass) left[i] = kSigns ? acc[i] - (below ? -tau : tau) : 0.0f;
     }
     if (!kSigns) list_values(marks.mask, acc, values);
     return marks;
 }
 
-template <bool kResidual, bool kUpdate, bool kSigns>
-GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel, float tau, std::uint64_t *mask,
+template <bool kResidual, bool kLeft, bool kSigns>
+GRADCOMP_INLINE Found scan(const float *grad, const float *residual, float *left, std::size_t numel, float tau, std::uint64_t *mask,
                            std::uint64_t *negative, Values *values) {
     // Magnitudes are compared as integers: for floats without their sign that is the same order, and it puts Inf and NaN
     // above every finite tau.
@@ -97,7 +99,7 @@ GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel
 #if GRADCOMP_LEVEL >= 2
     __m256i most_of_8 = _mm256_setzero_si256();
     for (; start + 64 <= numel; start += 64) {
-        const Marks marks = mark_64<kResidual, kUpdate, kSigns>(grad + start, kResidual ? residual + start : nullptr,
+        const Marks marks = mark_64<kResidual, kLeft, kSigns>(grad + start, kResidual ? residual + start : nullptr, kLeft ? left + start : nullptr,
                                                              tau, most_of_8, values);
         mask[start / 64] = marks.mask;
         negative[start / 64] = marks.negative;
@@ -110,8 +112,8 @@ GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel
     for (; start < numel; start += 64) {
         const std::size_t length = numel - start < 64 ? numel - start : 64;
         const Marks marks =
-            mark_some<kResidual, kUpdate, kSigns>(
-            grad + start, kResidual ? residual + start : nullptr, length, tau, limit, most, values);
+            mark_some<kResidual, kLeft, kSigns>(
+            grad + start, kResidual ? residual + start : nullptr, kLeft ? left + start : nullptr, length, tau, limit, most, values);
         mask[start / 64] = marks.mask;
         negative[start / 64] = marks.negative;
         for (std::uint64_t rest = marks.mask; rest != 0; rest &= rest - 1) ++count;
@@ -119,16 +121,16 @@ GRADCOMP_INLINE Found scan(const float *grad, float *residual, std::size_t numel
     return Found{count, most};
 }
 
-GRADCOMP_ENTRY Found scan_signs(const float *grad, float *residual, std::size_t numel, float tau, bool update,
-                                std::uint64_t *mask, std::uint64_t *negative) {
-    if (residual == nullptr) return scan<false, false, true>(grad, residual, numel, tau, mask, negative, nullptr);
-    if (update) return scan<true, true, true>(grad, residual, numel, tau, mask, negative, nullptr);
-    return scan<true, false, true>(grad, residual, numel, tau, mask, negative, nullptr);
+GRADCOMP_ENTRY Found scan_signs(const float *grad, const float *residual, float *left, std::size_t numel, float tau,
+                           std::uint64_t *mask, std::uint64_t *negative) {
+    if (residual == nullptr) return scan<false, false, true>(grad, nullptr, nullptr, numel, tau, mask, negative, nullptr);
+    if (left == nullptr) return scan<true, false, true>(grad, residual, nullptr, numel, tau, mask, negative, nullptr);
+    return scan<true, true, true>(grad, residual, left, numel, tau, mask, negative, nullptr);
 }
 
-GRADCOMP_ENTRY Found scan_values(const float *grad, float *residual, std::size_t numel, float tau, bool update,
-                                 std::uint64_t *mask, std::uint64_t *negative, Values *values) {
-    if (residual == nullptr) return scan<false, false, false>(grad, residual, numel, tau, mask, negative, values);
-    if (update) return scan<true, true, false>(grad, residual, numel, tau, mask, negative, values);
-    return scan<true, false, false>(grad, residual, numel, tau, mask, negative, values);
+GRADCOMP_ENTRY Found scan_values(const float *grad, const float *residual, float *left, std::size_t numel, float tau,
+                           std::uint64_t *mask, std::uint64_t *negative, Values *values) {
+    if (residual == nullptr) return scan<false, false, false>(grad, nullptr, nullptr, numel, tau, mask, negative, values);
+    if (left == nullptr) return scan<true, false, false>(grad, residual, nullptr, numel, tau, mask, negative, values);
+    return scan<true, true, false>(grad, residual, left, numel, tau, mask, negative, values);
 }
