@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradcomp import kernels
 from gradcomp.bucket import Bucket, Message, Parameter, Piece
 from gradcomp.errors import GradientError
 from gradcomp.interfaces import Commit, Incoming, LinearCompressor, Slot, Transport, Work
@@ -243,7 +244,7 @@ class BucketWork(Work):
         if out is None:
             return
         part = out[piece.start : piece.stop]
-        part.zero_()
+        kernels.clear(part)
         for packet in packets:
             if packet is not None:
                 piece.codec.decompress_add(packet, part, self._scale)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradcomp.kernels import native, reference
 
-__all__ = ["add_scaled", "cast"]
+__all__ = ["add_scaled", "cast", "clear"]
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -29,3 +29,11 @@ def add_scaled(
         native.module.add_scaled(out, payload, name, scale, other, native.thread_count(threads))
     else:
         reference.add_scaled(out, values, scale, addend)
+
+
+def clear(out: Tensor) -> None:
+    """``out`` becomes 0; flat, contiguous float32."""
+    if native.takes(out):
+        native.module.clear(out)
+    else:
+        out.zero_()

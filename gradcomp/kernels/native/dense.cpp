@@ -72,9 +72,16 @@ void add_scaled(const MutableFloats &out, const Bytes &payload, const std::strin
     });
 }
 
+// memset: it writes past the caches where a loop would first read what it overwrites.
+void clear(const MutableFloats &out) {
+    nb::gil_scoped_release released;
+    if (out.shape(0)) std::memset(out.data(), 0, 4 * out.shape(0));
+}
+
 }  // namespace
 
 void bind_dense(nb::module_ &module) {
+    module.def("clear", &clear, "out"_a.noconvert());
     const nb::object level = module.attr("LEVEL");
     module.def("cast", &cast, "grad"_a.noconvert(), "dtype"_a, "threads"_a = 1, "level"_a = level);
     module.def("add_scaled", &add_scaled, "out"_a.noconvert(), "payload"_a.noconvert(), "dtype"_a, "scale"_a,
