@@ -270,7 +270,7 @@ def _expect_all(right: Tensor, what: str) -> None:
 
 
 def _expect_finite(packet: Packet, stop: int, start: int = 0) -> None:
-    if not bool(packet.payload[start:stop].view(torch.float32).isfinite().all()):
+    if not kernels.all_finite(packet.payload[start:stop].view(torch.float32)):
         raise PacketError("packet holds a value or scale that is not finite")
 
 

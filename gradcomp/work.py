@@ -250,7 +250,7 @@ class BucketWork(Work):
                 piece.codec.decompress_add(packet, part, self._scale)
         if not any(packet is not None and packet.is_nonfinite for packet in packets):
             piece.codec.aggregate(part)
-        if self._watch_dense and piece.codec.stateless and not bool(torch.isfinite(part).all()):
+        if self._watch_dense and piece.codec.stateless and not kernels.all_finite(part):
             self.nonfinite = True
         self._undelivered[piece.unit] -= piece.numel
         if self._undelivered[piece.unit] == 0:

@@ -36,6 +36,7 @@ class Row:
 
     Attributes:
         encode_passes, decode_passes: medians, in passes of ``r.add_(g)`` of the same run.
+        pass_ms: median time of those passes, in milliseconds.
         bytes_per_element: of the packet, its header included.
         ratio: bytes of the gradient as float32, for each byte sent.
         index_bits: bits spent on each position (and sign) of a sparse packet; entropy_bits: the least there can be for
@@ -47,6 +48,7 @@ class Row:
     numel: int
     encode_passes: float
     decode_passes: float
+    pass_ms: float
     bytes_per_element: float
     ratio: float
     index_bits: float | None
@@ -82,15 +84,16 @@ def measure(spec: str, rows: Tensor, repeats: int) -> Row:
     def one_pass() -> None:
         one.add_(other)
 
-    encode_passes = _in_passes(encode, one_pass, repeats)
+    encode_passes, pass_ms = _in_passes(encode, one_pass, repeats)
     data = bytearray(packet.to_bytes())
-    decode_passes = _in_passes(decode, one_pass, repeats)
+    decode_passes, _ = _in_passes(decode, one_pass, repeats)
     index_bits, entropy_bits = _index_bits(packet)
     return Row(
         compressor=spec,
         numel=numel,
         encode_passes=encode_passes,
         decode_passes=decode_passes,
+        pass_ms=pass_ms,
         bytes_per_element=packet.nbytes / numel,
         ratio=4 * numel / packet.nbytes,
         index_bits=index_bits,
@@ -112,14 +115,15 @@ def _relative_error(compressor: gradcomp.Compressor, grad: Tensor) -> float:
     return float(lost.norm() / grad.norm().clamp_min(1e-38))
 
 
-def _in_passes(call: Callable[[], None], one_pass: Callable[[], None], repeats: int) -> float:
-    """Median time of ``call`` over the median time of ``one_pass``, the two alternating."""
+def _in_passes(call: Callable[[], None], one_pass: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Median time of ``call`` over the median time of ``one_pass``, the two alternating; and the latter, in ms."""
     times: dict[Callable[[], None], list[float]] = {call: [], one_pass: []}
     inner = {f: max(1, math.ceil(_LEAST_S / max(_seconds(f, 1), 1e-7))) for f in times}
     for _ in range(repeats):
         for f in times:
             times[f].append(_seconds(f, inner[f]))
-    return statistics.median(times[call]) / statistics.median(times[one_pass])
+    unit = statistics.median(times[one_pass])
+    return statistics.median(times[call]) / unit, unit * 1e3
 
 
 def _seconds(f: Callable[[], None], inner: int) -> float:
@@ -150,6 +154,7 @@ def _table(rows: Sequence[Row]) -> str:
         "elements",
         "encode",
         "decode-add",
+        "pass ms",
         "bytes/el.",
         "ratio",
         "bits/index",
@@ -162,6 +167,7 @@ def _table(rows: Sequence[Row]) -> str:
             f"{row.numel:,}",
             f"{row.encode_passes:.2f}",
             f"{row.decode_passes:.2f}",
+            f"{row.pass_ms:.3g}",
             f"{row.bytes_per_element:.4f}",
             f"{row.ratio:.1f}",
             "" if row.index_bits is None else f"{row.index_bits:.2f}",

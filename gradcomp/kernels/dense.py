@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradcomp.kernels import native, reference
 
-__all__ = ["add_scaled", "cast", "clear"]
+__all__ = ["add_scaled", "all_finite", "cast", "clear"]
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -37,3 +37,10 @@ def clear(out: Tensor) -> None:
         native.module.clear(out)
     else:
         out.zero_()
+
+
+def all_finite(values: Tensor, threads: int | None = None) -> bool:
+    """Whether ``values``, flat float32, hold neither NaN nor Inf."""
+    if native.takes(values):
+        return native.module.all_finite(values, native.thread_count(threads))
+    return bool(values.isfinite().all())

@@ -140,10 +140,31 @@ GRADCOMP_ENTRY void add_any(float *out, const float *addend, const Coded &coded,
     }
 }
 
+// The widths that do not straddle bytes, a byte at a time; returns how many codes were looked at.
+GRADCOMP_INLINE std::size_t find_in_bytes(const std::uint8_t *packed, std::size_t count, unsigned bits,
+                                          std::uint8_t mask, bool &found) {
+    std::uint8_t any = 0;
+    const bool whole = bits == 8 || (bits == 4 && mask == 15) || (bits == 2 && mask == 3);
+    const std::size_t nbytes = whole ? count * bits / 8 : 0;
+    if (bits == 8) {
+        for (std::size_t i = 0; i < nbytes; ++i) any |= (packed[i] & mask) == mask;
+    } else if (bits == 4) {
+        for (std::size_t i = 0; i < nbytes; ++i) {
+            const std::uint8_t pairs = packed[i] & (packed[i] >> 1);
+            any |= pairs & (pairs >> 2) & 0x11;
+        }
+    } else if (bits == 2) {
+        for (std::size_t i = 0; i < nbytes; ++i) any |= packed[i] & (packed[i] >> 1) & 0x55;
+    }
+    found = any != 0;
+    return nbytes * 8 / bits;
+}
+
 GRADCOMP_ENTRY bool find(const std::uint8_t *packed, std::size_t count, unsigned bits, std::uint8_t mask) {
     alignas(64) std::uint8_t codes[kCodesAtOnce];
     bool found = false;
-    std::size_t start = find_in_groups(packed, count, bits, mask, found);
+    std::size_t start = find_in_bytes(packed, count, bits, mask, found);
+    if (start == 0) start = find_in_groups(packed, count, bits, mask, found);
     for (; start < count && !found; start += kCodesAtOnce) {
         const std::size_t some = std::min(count - start, kCodesAtOnce);
         unpack_codes(packed + packed_nbytes(start, bits), some, bits, codes);

@@ -72,6 +72,12 @@ void add_scaled(const MutableFloats &out, const Bytes &payload, const std::strin
     });
 }
 
+bool all_finite(const Floats &values, int threads, const std::string &level) {
+    const Level chosen = level_named(level);
+    nb::gil_scoped_release released;
+    return largest_magnitude(values.data(), values.shape(0), chosen, threads) < kInfinity;
+}
+
 // memset: it writes past the caches where a loop would first read what it overwrites.
 void clear(const MutableFloats &out) {
     nb::gil_scoped_release released;
@@ -81,6 +87,7 @@ void clear(const MutableFloats &out) {
 }  // namespace
 
 void bind_dense(nb::module_ &module) {
+    module.def("all_finite", &all_finite, "values"_a.noconvert(), "threads"_a, "level"_a = module.attr("LEVEL"));
     module.def("clear", &clear, "out"_a.noconvert());
     const nb::object level = module.attr("LEVEL");
     module.def("cast", &cast, "grad"_a.noconvert(), "dtype"_a, "threads"_a = 1, "level"_a = level);
