@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gradcomp.ownership import Ownership
 
-SPECS = ["threshold:density=0.05", "threshold:tau=1e-3", "topk:ratio=0.05", "dgc:ratio=0.05", "onebit"]
+SPECS = ["threshold:density=0.05", "threshold:tau=1e-3", "topk:ratio=0.05", "dgc:ratio=0.05"]
+SPECS += ["onebit", "signsgd", "minmax", "fp8"]
 
 
 def made_anew(numel: int = 6) -> nn.Parameter:

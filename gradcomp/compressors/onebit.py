@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors import flat_gradient
+from gradcomp.compressors import exchange_residual, flat_gradient
 from gradcomp.errors import ConfigError, PacketError
-from gradcomp.interfaces import Compressor, State
+from gradcomp.interfaces import Commit, Compressor, State
 from gradcomp.options import check_integer
 from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
 
@@ -53,6 +53,14 @@ class OneBit(Compressor):
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
         return encode_bits_packet(grad, state["residual"], self.block, update=True)
+
+    def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
+        left = flat_gradient(grad)
+        if left.dtype != torch.float32:
+            return super().prepare(grad, state)
+        # The sum does not mind which is which, and what is left goes where the second lies.
+        packet = encode_bits_packet(state["residual"], left, self.block, update=True)
+        return packet, lambda: exchange_residual(state, left)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         add_bits_packet(packet, state["residual"], self.block, -1.0, addend=flat_gradient(grad))

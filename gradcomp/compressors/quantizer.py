@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors import flat_gradient
+from gradcomp.compressors import exchange_residual, flat_gradient
 from gradcomp.errors import ConfigError, PacketError
-from gradcomp.interfaces import Compressor, State
+from gradcomp.interfaces import Commit, Compressor, State
 from gradcomp.options import check_flag, check_integer
 from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
 
@@ -83,6 +83,14 @@ class Quantizer(Compressor, ABC):
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
         residual = state.get("residual")
         return self._packet(grad, residual, update=residual is not None)
+
+    def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
+        left = flat_gradient(grad)
+        if not self.feedback or left.dtype != torch.float32:
+            return super().prepare(grad, state)
+        # The sum does not mind which is which, and what is left goes where the second lies.
+        packet = self._packet(state["residual"], left, update=True)
+        return packet, lambda: exchange_residual(state, left)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         if "residual" in state:

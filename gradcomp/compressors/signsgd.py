@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors import flat_gradient
+from gradcomp.compressors import exchange_residual, flat_gradient
 from gradcomp.compressors.onebit import add_bits_packet, bits_packet_nbytes, encode_bits_packet
 from gradcomp.errors import ConfigError, PacketError
-from gradcomp.interfaces import Compressor, State
+from gradcomp.interfaces import Commit, Compressor, State
 from gradcomp.options import check_choice, check_integer, check_number
 from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
 
@@ -95,6 +95,14 @@ class SignSGD(Compressor):
         if not self._feedback:
             return self.encode(grad)
         return encode_bits_packet(grad, state["residual"], self._block, symmetric=True, update=True)
+
+    def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
+        left = flat_gradient(grad)
+        if not self._feedback or left.dtype != torch.float32:
+            return super().prepare(grad, state)
+        # The sum does not mind which is which, and what is left goes where the second lies.
+        packet = encode_bits_packet(state["residual"], left, self._block, symmetric=True, update=True)
+        return packet, lambda: exchange_residual(state, left)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         if self._feedback:
