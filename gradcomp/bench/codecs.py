@@ -202,11 +202,14 @@ def _draw(rows: Sequence[Row], path: str, threads: int) -> None:
         xscale="log",
         yscale="log",
     )
-    for row in rows:
-        if row.numel == numel:
-            x = row.encode_passes + row.decode_passes
-            axes.plot(x, row.ratio, "o", color="C0")
-            axes.annotate(row.compressor, (x, row.ratio), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    largest = sorted((row for row in rows if row.numel == numel), key=lambda row: row.ratio)
+    for i, row in enumerate(largest):
+        x = row.encode_passes + row.decode_passes
+        axes.plot(x, row.ratio, "o", color="C0")
+        # Above and below in turn: neighbours have much the same ratio.
+        axes.annotate(
+            row.compressor, (x, row.ratio), xytext=(4, (3, -9)[i % 2]), textcoords="offset points", fontsize=7
+        )
     axes.grid(True, which="both", alpha=0.2)
     figure.savefig(path, dpi=120)
 
