@@ -31,7 +31,7 @@ def float_accumulated(flat: Tensor, residual: Tensor | None) -> Tensor:
 def is_finite(flat: Tensor, residual: Tensor | None) -> bool:
     """Whether acc is finite everywhere."""
     # Nothing finite passes the largest number there is: one reading of both, and nothing written.
-    return not isinstance(kernels.select_threshold(flat, residual, torch.finfo(torch.float32).max), float)
+    return not isinstance(kernels.encode_signs(flat, residual, torch.finfo(torch.float32).max), float)
 
 
 def add_dense(packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:

@@ -16,8 +16,6 @@ from gradcomp.kernels.reference import (
     norms,
     orthonormal,
     sample_size,
-    select_largest,
-    select_threshold,
 )
 from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
 from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
@@ -55,6 +53,4 @@ __all__ = [
     "pack_votes",
     "sample_largest",
     "sample_size",
-    "select_largest",
-    "select_threshold",
 ]
