@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.errors import GradientError
-from gradcomp.packet import Kind, Packet
+from gradcomp.errors import ConfigError, GradientError
+from gradcomp.options import check_integer
+from gradcomp.packet import MAX_BLOCK, Kind, Packet
 
-__all__ = ["add_dense", "flat_gradient", "float_accumulated", "is_finite"]
+__all__ = ["add_dense", "check_block", "exchange_residual", "flat_gradient", "float_accumulated", "is_finite"]
+
+
+def check_block(owner: str, field: str, value: object) -> None:
+    """Raise ConfigError unless ``value`` is a number of elements that may share their scales: a multiple of 8."""
+    check_integer(owner, field, value, at_least=8, at_most=MAX_BLOCK)
+    if isinstance(value, int) and value % 8:
+        raise ConfigError(f"{owner}: {field}={value} is not allowed; {field} must be a multiple of 8")
 
 
 def flat_gradient(grad: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class AdaptiveThreshold(Compressor):
     """Send what passes a threshold that adapts to the share sent, as Deeplearning4j does.
 
     State: ``residual`` (float32, flat), ``tau`` (float32, 0-dim, on the CPU); with clipping also ``step`` (int64,
-    0-dim, on the CPU). The defaults are Deeplearning4j's; it compresses updates, which are smaller than gradients.
+    0-dim, on the CPU). The defaults are Deeplearning4j's, but for clipping, which it does by 5 every 5 steps; it
+    compresses updates, which are smaller than gradients.
 
     Attributes:
         tau: the first threshold, in units of the gradient. Too small: much traffic at first.

@@ -20,7 +20,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors.quantizer import Quantizer, check_block
+from gradcomp.compressors import check_block
+from gradcomp.compressors.quantizer import Quantizer
 from gradcomp.packet import Kind
 
 __all__ = ["Float8"]
@@ -40,7 +41,7 @@ class Float8(Quantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_block("fp8", self.block)
+        check_block("fp8", "block", self.block)
 
     def _header(self) -> tuple[int, int, float]:
         return 8, self.block, 0.0

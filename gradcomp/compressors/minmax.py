@@ -22,7 +22,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors.quantizer import Quantizer, check_block
+from gradcomp.compressors import check_block
+from gradcomp.compressors.quantizer import Quantizer
 from gradcomp.options import check_integer
 from gradcomp.packet import Kind
 
@@ -46,7 +47,7 @@ class MinMax(Quantizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("minmax", "bits", self.bits, at_least=1, at_most=8)
-        check_block("minmax", self.block)
+        check_block("minmax", "block", self.block)
 
     def _header(self) -> tuple[int, int, float]:
         return self.bits, self.block, 0.0

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors import exchange_residual, flat_gradient
-from gradcomp.errors import ConfigError, PacketError
+from gradcomp.compressors import check_block, exchange_residual, flat_gradient
+from gradcomp.errors import PacketError
 from gradcomp.interfaces import Commit, Compressor, State
-from gradcomp.options import check_integer
-from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
+from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
 __all__ = ["OneBit", "add_bits_packet", "bits_packet_nbytes", "encode_bits_packet"]
 
@@ -44,9 +43,7 @@ class OneBit(Compressor):
     block: int = 1024
 
     def __post_init__(self) -> None:
-        check_integer("onebit", "block", self.block, at_least=8, at_most=MAX_BLOCK)
-        if self.block % 8:
-            raise ConfigError(f"onebit: block={self.block} is not allowed; block must be a multiple of 8")
+        check_block("onebit", "block", self.block)
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
         return encode_bits_packet(grad, None if state is None else state["residual"], self.block)

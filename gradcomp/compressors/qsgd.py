@@ -20,7 +20,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors.stochastic import StochasticCompressor, check_block
+from gradcomp.compressors import check_block
+from gradcomp.compressors.stochastic import StochasticCompressor
 from gradcomp.options import check_choice, check_integer
 from gradcomp.packet import Kind
 

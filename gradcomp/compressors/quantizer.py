@@ -15,19 +15,12 @@ from torch import Tensor
 
 from gradcomp import kernels
 from gradcomp.compressors import exchange_residual, flat_gradient
-from gradcomp.errors import ConfigError, PacketError
+from gradcomp.errors import PacketError
 from gradcomp.interfaces import Commit, Compressor, State
-from gradcomp.options import check_flag, check_integer
-from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
+from gradcomp.options import check_flag
+from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
-__all__ = ["Quantizer", "add_coded", "check_block"]
-
-
-def check_block(owner: str, block: object) -> None:
-    """Raise ConfigError unless ``block`` is a number of elements that may share their parameters."""
-    check_integer(owner, "block", block, at_least=8, at_most=MAX_BLOCK)
-    if isinstance(block, int) and block % 8:
-        raise ConfigError(f"{owner}: block={block} is not allowed; block must be a multiple of 8")
+__all__ = ["Quantizer", "add_coded"]
 
 
 def add_coded(packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:

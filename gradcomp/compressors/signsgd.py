@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.compressors import exchange_residual, flat_gradient
+from gradcomp.compressors import check_block, exchange_residual, flat_gradient
 from gradcomp.compressors.onebit import add_bits_packet, bits_packet_nbytes, encode_bits_packet
 from gradcomp.errors import ConfigError, PacketError
 from gradcomp.interfaces import Commit, Compressor, State
-from gradcomp.options import check_choice, check_integer, check_number
+from gradcomp.options import check_choice, check_number
 from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
 
 __all__ = ["SignSGD"]
@@ -66,9 +66,7 @@ class SignSGD(Compressor):
             raise ConfigError(f"signsgd: {other}={getattr(self, other)!r} is not allowed; it is for variant={owner}")
         if self._feedback:
             block = _DEFAULT_BLOCK if self.block is None else self.block
-            check_integer("signsgd", "block", block, at_least=8, at_most=MAX_BLOCK)
-            if block % 8:
-                raise ConfigError(f"signsgd: block={block} is not allowed; block must be a multiple of 8")
+            check_block("signsgd", "block", block)
             object.__setattr__(self, "block", block)
         else:
             scale = 1.0 if self.scale is None else self.scale

@@ -16,21 +16,14 @@ from torch import Tensor
 
 from gradcomp import randomness
 from gradcomp.compressors import flat_gradient
-from gradcomp.errors import ConfigError, PacketError
+from gradcomp.errors import PacketError
 from gradcomp.interfaces import Compressor, State
 from gradcomp.options import check_flag, check_integer
-from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
+from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
-__all__ = ["StochasticCompressor", "check_block"]
+__all__ = ["StochasticCompressor"]
 
 _MOST_SEED = (1 << 63) - 1
-
-
-def check_block(owner: str, field: str, value: int) -> None:
-    """Raise ConfigError unless ``value`` can be a packet's block."""
-    check_integer(owner, field, value, at_least=8, at_most=MAX_BLOCK)
-    if value % 8:
-        raise ConfigError(f"{owner}: {field}={value} is not allowed; {field} must be a multiple of 8")
 
 
 @dataclass(frozen=True, kw_only=True)
