@@ -1,34 +1,27 @@
-"""Parameters <-> buckets <-> messages.
+"""Parameters <-> buckets <-> pieces.
 
 A *bucket* is a run of parameters, in reverse order of registration (about the order in which backward makes their
 gradients), that is exchanged at once. Its *units* are what a compressor sees as one tensor: a parameter by itself, or
 all those joined whose compressor is stateless (the small ones that go dense, or the whole bucket for ``none``). An
-exchange cuts units into *pieces*; a *message* is the packets of some pieces, from one rank (docs/FORMAT.md). State is
+exchange cuts units into *pieces*; a message (gradcomp.message) is the packets of some pieces, from one rank. State is
 keyed by parameter name and range, never by bucket.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gradcomp.errors import ConfigError, PacketError
-from gradcomp.interfaces import Buffer, Compressor
+from gradcomp.errors import ConfigError
+from gradcomp.interfaces import Compressor
 from gradcomp.options import check_integer
-from gradcomp.packet import Packet
 from gradcomp.rules import Choice, choose_for
 
-__all__ = ["Bucket", "DenseRule", "Message", "Parameter", "Piece", "Unit", "max_message_bytes", "plan_buckets"]
-
-_COUNTS = struct.Struct("<II")
-_LENGTH = struct.Struct("<Q")
-_ALIGN = 8
+__all__ = ["Bucket", "DenseRule", "Parameter", "Piece", "Unit", "plan_buckets", "tensor_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,85 +174,3 @@ def tensor_table(
             codec = plain
         table.append(Parameter(name, tuple(tensor.shape), tensor.dtype, codec))
     return table
-
-
-@dataclass(frozen=True)
-class Message:
-    """The packets of some pieces, from one rank.
-
-    Attributes:
-        packets: one a piece; None where the sender had no gradient.
-        present: for each of the bucket's parameters, whether the sender had a gradient.
-    """
-
-    packets: tuple[Packet | None, ...]
-    present: tuple[bool, ...]
-
-    @cached_property
-    def buffers(self) -> list[Buffer]:
-        """The message's bytes, in parts that may be sent without a copy; the same parts whoever they are sent to."""
-        head = _COUNTS.pack(len(self.packets), len(self.present)) + _bitmap(self.present)
-        sizes = [0 if packet is None else packet.nbytes for packet in self.packets]
-        head += bytes(-len(head) % _ALIGN) + b"".join(_LENGTH.pack(size) for size in sizes)
-        parts: list[Buffer] = [head]
-        for packet, size in zip(self.packets, sizes, strict=True):
-            if packet is not None:
-                parts += packet.buffers()
-                if size % _ALIGN:
-                    parts.append(bytes(-size % _ALIGN))
-        return parts
-
-    @property
-    def packet_bytes(self) -> int:
-        """Bytes of the packets, without the message's own head."""
-        return sum(packet.nbytes for packet in self.packets if packet is not None)
-
-    @classmethod
-    def parse(cls, data: memoryview, pieces: Sequence[Piece], parameters: int, device: torch.device) -> Message:
-        """The message in ``data``, which must hold ``pieces`` of a bucket of so many ``parameters``.
-
-        Raises:
-            PacketError: anything malformed, before anything it asks for is allocated.
-        """
-        bits = (parameters + 7) // 8
-        lengths_at = _COUNTS.size + bits + -(_COUNTS.size + bits) % _ALIGN
-        packets_at = lengths_at + _LENGTH.size * len(pieces)
-        if len(data) < packets_at:
-            raise PacketError(f"message of {len(data)} bytes is shorter than its head of {packets_at}")
-        counts = _COUNTS.unpack_from(data)
-        if counts != (len(pieces), parameters):
-            raise PacketError(f"message holds {counts} pieces and parameters, expected {(len(pieces), parameters)}")
-        present = tuple(bool(data[_COUNTS.size + i // 8] >> (i % 8) & 1) for i in range(parameters))
-        if bytes(data[_COUNTS.size : lengths_at]) != _bitmap(present) + bytes(lengths_at - _COUNTS.size - bits):
-            raise PacketError("message has bits set in its padding")
-        sizes = [_LENGTH.unpack_from(data, lengths_at + _LENGTH.size * i)[0] for i in range(len(pieces))]
-        if any(size > len(data) for size in sizes) or packets_at + sum(map(_padded, sizes)) != len(data):
-            raise PacketError(f"message of {len(data)} bytes does not hold packets of {sizes} bytes")
-        packets: list[Packet | None] = []
-        at = packets_at
-        for piece, size in zip(pieces, sizes, strict=True):
-            if size > piece.codec.max_nbytes(piece.numel):
-                raise PacketError(f"packet of {size} bytes for {piece.numel} elements is over the most there can be")
-            packet = Packet.from_bytes(data[at : at + size], numel=piece.numel, device=device) if size else None
-            packets.append(packet)
-            if any(data[at + size : at + _padded(size)]):
-                raise PacketError("message has bytes set in its padding")
-            at += _padded(size)
-        return cls(tuple(packets), present)
-
-
-def _bitmap(flags: Sequence[bool]) -> bytes:
-    packed = bytearray((len(flags) + 7) // 8)
-    for i, flag in enumerate(flags):
-        packed[i // 8] |= flag << (i % 8)
-    return bytes(packed)
-
-
-def _padded(size: int) -> int:
-    return size + -size % _ALIGN
-
-
-def max_message_bytes(pieces: Sequence[Piece], parameters: int) -> int:
-    """The longest message that can hold these pieces; or what is added up of them, with a float a parameter."""
-    head = _COUNTS.size + 4 * parameters + _ALIGN + _LENGTH.size * len(pieces)
-    return head + sum(_padded(piece.codec.max_nbytes(piece.numel)) for piece in pieces)

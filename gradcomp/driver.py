@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gradcomp.errors import TransportError
-from gradcomp.interfaces import Incoming, Transport
+from gradcomp.interfaces import MY_TURN, Incoming, Transport
 from gradcomp.telemetry import StepRecord
 
 __all__ = ["Driver"]
@@ -102,15 +103,20 @@ class Driver:
                     self._active.append(bucket)
                     return bucket
                 for bucket in self._active:
-                    if any(i.failed for i in bucket.awaited) or all(i.done for i in bucket.awaited):
+                    if self._can_go_on(bucket):
                         return bucket
-                deadline = min((bucket.deadline for bucket in self._active), default=None)
-                left = None if deadline is None else deadline - time.monotonic()
+                deadline = min((bucket.deadline for bucket in self._active), default=math.inf)
+                left = None if deadline == math.inf else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     # wait() knows how to say what is missing.
                     return next(bucket for bucket in self._active if bucket.deadline == deadline)
                 self._transport.arrival.wait(left)
             return None
+
+    def _can_go_on(self, bucket: _Bucket) -> bool:
+        if bucket.awaited is MY_TURN:
+            return bucket is self._active[0]
+        return any(i.failed for i in bucket.awaited) or all(i.done for i in bucket.awaited)
 
     def _advance(self, bucket: _Bucket) -> None:
         if bucket.awaited:
@@ -118,7 +124,8 @@ class Driver:
             bucket.awaited = ()  # the messages' memory is the exchange's to free
         try:
             bucket.awaited = next(bucket.steps)
-            bucket.deadline = time.monotonic() + self._transport.timeout_s
+            # Who waits for its turn waits for a bucket that has a deadline.
+            bucket.deadline = math.inf if bucket.awaited is MY_TURN else time.monotonic() + self._transport.timeout_s
         except StopIteration:
             with self._transport.arrival:
                 bucket.record.under_way.append((bucket.submitted, time.perf_counter()))

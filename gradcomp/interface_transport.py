@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
+import torch
 from torch import Tensor
 
-from gradcomp.errors import TransportTimeout
+from gradcomp.errors import TransportError, TransportTimeout
 from gradcomp.options import Configured
 
-__all__ = ["Buffer", "Incoming", "Slot", "Transport"]
+__all__ = ["MY_TURN", "Buffer", "Incoming", "Slot", "Transport"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -51,6 +52,15 @@ class Incoming(ABC):
         """
 
 
+class _MyTurn(tuple[Incoming, ...]):
+    """The type of MY_TURN: an empty tuple like no other."""
+
+
+# Yielded before a collective operation, which all ranks must begin in the same order: the exchange goes on once every
+# bucket submitted before its own is done.
+MY_TURN: Final[Sequence[Incoming]] = _MyTurn()
+
+
 class Transport(Configured, ABC):
     """Carries messages between ranks, whole and in order of nothing but their slots.
 
@@ -63,6 +73,7 @@ class Transport(Configured, ABC):
         timeout_s: how long a blocking call may take, in seconds.
         arrival: notified whenever an Incoming becomes done; hold it to wait for several things at once.
         bytes_sent, bytes_received: everything put on and taken off the wire for data, headers included.
+        adds_up: whether :meth:`all_reduce` is more than sends and receives, so that sums are best left to it.
     """
 
     rank: int
@@ -71,6 +82,7 @@ class Transport(Configured, ABC):
     arrival: threading.Condition
     bytes_sent: int
     bytes_received: int
+    adds_up: bool = False
 
     @abstractmethod
     def connect(
@@ -121,6 +133,25 @@ class Transport(Configured, ABC):
         from gradcomp.sums import sum_over_ranks
 
         return (yield from sum_over_ranks(self, slot, mine, one_trip=one_trip))
+
+    def carries(self, device: torch.device) -> bool:
+        """Whether tensors of ``device`` travel from there to the peer's without passing through host memory."""
+        return False
+
+    def swap_tensors(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        """Send each peer a tensor and fill those that come in, where :meth:`carries` says so; by peer, all at once.
+
+        A collective operation: all ranks begin it for the same bucket and stage in the same order (:data:`MY_TURN`),
+        with the sizes their peers expect. Ordered after what is queued on the current stream and before what is queued
+        next; on the CPU it blocks.
+
+        Args:
+            outgoing, incoming: flat uint8, on the device; ``outgoing`` must not change until :meth:`close`.
+
+        Raises:
+            PeerLost, TransportTimeout: a peer is gone, or did not come to it.
+        """
+        raise TransportError(f"transport {self.id!r} carries host memory only")
 
     @final
     def wait(self, incoming: Sequence[Incoming], *, timeout_s: float | None = None) -> list[memoryview]:

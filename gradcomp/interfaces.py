@@ -8,21 +8,23 @@ dict of tensors (:data:`State`), what lives on the network in the transport's co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from gradcomp.interface_transport import Buffer, Incoming, Slot, Transport
+from gradcomp.interface_transport import MY_TURN, Buffer, Incoming, Slot, Transport
 from gradcomp.options import Configured
 from gradcomp.rounds import alone
 
 if TYPE_CHECKING:
-    from gradcomp.bucket import Message, Piece, Unit
+    from gradcomp.bucket import Piece, Unit
+    from gradcomp.message import Message
     from gradcomp.packet import Packet
 
 __all__ = [
+    "MY_TURN",
     "Buffer",
     "Commit",
     "Compressor",
@@ -247,6 +249,23 @@ class Work(ABC):
     @abstractmethod
     def all_reduce(self, turn: int, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
         """The sum of every rank's ``mine`` of round ``turn``: :meth:`Transport.all_reduce`."""
+
+    @abstractmethod
+    def swap(
+        self, stage: int, outgoing: Iterable[tuple[int, Message]], expected: Mapping[int, Sequence[Piece]]
+    ) -> Generator[Sequence[Incoming], None, dict[int, Message]]:
+        """Send each peer a message, in the order given, and get the messages expected: one stage of an exchange.
+
+        Where the transport carries the gradients' device, payloads stay on it; :meth:`send` and :meth:`recv` always go
+        through host memory. Every rank must come to every stage that it sends or expects something in.
+
+        Args:
+            outgoing: peers and their messages.
+            expected: by peer, the pieces its message must hold.
+
+        Returns:
+            The messages by peer, checked.
+        """
 
     @abstractmethod
     def send(self, peer: int, stage: int, message: Message) -> None:

@@ -240,7 +240,13 @@ class Packet:
         view = memoryview(buffer).cast("B")
         if len(view) < HEADER_NBYTES:
             raise PacketError(f"packet of {len(view)} bytes is shorter than its {HEADER_NBYTES}-byte header")
-        magic, version, kind, coding, bits, zeros, count, its_numel, block, scalar = _HEADER.unpack_from(view)
+        packet = cls.from_parts(view[:HEADER_NBYTES], _as_tensor(view[HEADER_NBYTES:]), numel=numel)
+        return packet if torch.device(device).type == "cpu" else packet.to(device)
+
+    @classmethod
+    def from_parts(cls, header: Buffer, payload: Tensor, *, numel: int) -> Packet:
+        """As :meth:`from_bytes`, from the 32 bytes of the header and a payload that may be on any device."""
+        magic, version, kind, coding, bits, zeros, count, its_numel, block, scalar = _HEADER.unpack(header)
         if magic != _MAGIC:
             raise PacketError(f"packet starts with {magic!r}, not {_MAGIC!r}")
         if version != _VERSION:
@@ -252,7 +258,7 @@ class Packet:
         packet = cls(
             kind=kind,
             numel=numel,
-            payload=_as_tensor(view[HEADER_NBYTES:]),
+            payload=payload,
             count=count,
             coding=Coding(coding),
             bits=bits,
@@ -260,10 +266,10 @@ class Packet:
             block=block,
         )
         # Catches a NaN with other bits and whatever else does not come back as it went in.
-        if packet.header() != bytes(view[:HEADER_NBYTES]):
+        if packet.header() != bytes(header):
             raise PacketError("packet header is not in canonical form")
         packet.require(kind)
-        return packet if torch.device(device).type == "cpu" else packet.to(device)
+        return packet
 
     def to(self, device: torch.device | str) -> Packet:
         """This packet on another device."""

@@ -15,9 +15,10 @@ from functools import cached_property
 from torch import Tensor
 
 from gradcomp import handshake, replicas
-from gradcomp.bucket import Bucket, Parameter, Piece, Unit, max_message_bytes, plan_buckets, tensor_table
+from gradcomp.bucket import Bucket, Parameter, Piece, Unit, plan_buckets, tensor_table
 from gradcomp.compressors.cast import NoCompression
 from gradcomp.interfaces import Exchange
+from gradcomp.message import max_message_bytes
 from gradcomp.registry import format_spec
 from gradcomp.rules import Choice, Rules
 

@@ -8,16 +8,17 @@ come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradcomp import kernels
-from gradcomp.bucket import Bucket, Message, Parameter, Piece
+from gradcomp.bucket import Bucket, Parameter, Piece
 from gradcomp.errors import GradientError
-from gradcomp.interfaces import Commit, Incoming, LinearCompressor, Slot, Transport, Work
+from gradcomp.interfaces import MY_TURN, Buffer, Commit, Incoming, LinearCompressor, Slot, Transport, Work
+from gradcomp.message import Head, Message
 from gradcomp.ownership import Ownership
 from gradcomp.packet import Packet
 from gradcomp.rounds import Rounds, join
@@ -122,6 +123,40 @@ class BucketWork(Work):
     def all_reduce(self, turn: int, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
         """Sum over ranks; each round has two stages of its own."""
         return self._transport.all_reduce(self._slot(2 * turn), mine, one_trip=one_trip)
+
+    def swap(
+        self, stage: int, outgoing: Iterable[tuple[int, Message]], expected: Mapping[int, Sequence[Piece]]
+    ) -> Generator[Sequence[Incoming], None, dict[int, Message]]:
+        """One stage: what is expected is asked for first, so that nobody waits for us."""
+        if self._transport.carries(self._device):
+            return (yield from self._swap_on_device(stage, outgoing, expected))
+        incoming = {peer: self.recv(peer, stage) for peer in expected}
+        for peer, message in outgoing:
+            self.send(peer, stage, message)
+        yield list(incoming.values())
+        return {peer: self.parse(pieces, incoming.pop(peer)) for peer, pieces in expected.items()}
+
+    def _swap_on_device(
+        self, stage: int, outgoing: Iterable[tuple[int, Message]], expected: Mapping[int, Sequence[Piece]]
+    ) -> Generator[Sequence[Incoming], None, dict[int, Message]]:
+        """Heads by way of the host, for they say how long the payloads are; payloads from device to device."""
+        incoming = {peer: self.recv(peer, stage) for peer in expected}
+        sending: dict[int, Tensor] = {}
+        last: tuple[Message, list[Buffer], Tensor] | None = None
+        for peer, message in outgoing:
+            if last is None or last[0] is not message:
+                last = (message, message.head, message.payload(self._device))
+            self._transport.send(peer, self._slot(stage), last[1])
+            sending[peer] = last[2]
+        yield list(incoming.values())
+        heads = {peer: Head.parse(incoming.pop(peer).result(), expected[peer], len(self._present)) for peer in expected}
+        arriving = {peer: head.empty_payload(self._device) for peer, head in heads.items()}
+        yield MY_TURN
+        self._transport.swap_tensors(
+            {peer: payload for peer, payload in sending.items() if payload.numel()},
+            {peer: payload for peer, payload in arriving.items() if payload.numel()},
+        )
+        return {peer: heads[peer].message(payload) for peer, payload in arriving.items()}
 
     def send(self, peer: int, stage: int, message: Message) -> None:
         """Send; returns at once."""

@@ -11,15 +11,14 @@ from torch import nn
 import gradcomp
 from gradcomp.bucket import (
     DenseRule,
-    Message,
     Parameter,
     Piece,
     Unit,
-    max_message_bytes,
     plan_buckets,
     tensor_table,
 )
 from gradcomp.compressors.cast import NoCompression
+from gradcomp.message import Message, max_message_bytes
 
 SPARSE = gradcomp.compressor("topk:ratio=0.1")
 CPU = torch.device("cpu")
@@ -142,3 +141,23 @@ def test_no_mutated_message_gets_past_but_as_another_message() -> None:
         else:
             assert b"".join(parsed.buffers) == mutated
     assert refused > 500
+
+
+def test_heads_and_payloads_make_the_message_again() -> None:
+    message, pieces = some_message()
+    data = b"".join(message.head)
+    head = Head.parse(memoryview(data), pieces, 9)
+    payload = message.payload(CPU)
+    assert head.empty_payload(CPU).shape == payload.shape
+    again = head.message(payload)
+    assert again.present == message.present
+    assert b"".join(again.buffers) == b"".join(message.buffers)
+    for length in range(len(data)):
+        with pytest.raises(gradcomp.PacketError):
+            Head.parse(memoryview(data[:length]), pieces, 9)
+    with pytest.raises(gradcomp.PacketError, match="does not hold"):
+        Head.parse(memoryview(data + bytes(8)), pieces, 9)
+    wrong = payload.clone()
+    wrong[:4] = 255
+    with pytest.raises(gradcomp.PacketError):
+        head.message(wrong)

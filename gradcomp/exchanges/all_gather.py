@@ -29,12 +29,8 @@ class AllGather(Exchange):
     def run(self, work: Work) -> Generator[Sequence[Incoming], None, None]:
         """Send, wait for everyone's, add them up in rank order."""
         mine = work.encode(work.pieces)
-        incoming = {peer: work.recv(peer, 0) for peer in range(work.world_size) if peer != work.rank}
-        for turn in range(1, work.world_size):
-            # Each rank starts with its neighbour, so that no receiver is everybody's first.
-            work.send((work.rank + turn) % work.world_size, 0, mine)
-        yield list(incoming.values())
-        messages = [
-            mine if rank == work.rank else work.parse(work.pieces, incoming[rank]) for rank in range(work.world_size)
-        ]
-        work.deliver(work.pieces, messages)
+        # Each rank starts with its neighbour, so that no receiver is everybody's first.
+        others = [(work.rank + turn) % work.world_size for turn in range(1, work.world_size)]
+        messages = yield from work.swap(0, [(peer, mine) for peer in others], dict.fromkeys(others, work.pieces))
+        messages[work.rank] = mine
+        work.deliver(work.pieces, [messages[rank] for rank in range(work.world_size)])

@@ -46,24 +46,16 @@ class TwoShot(Exchange):
         others = [(work.rank + turn) % work.world_size for turn in range(1, work.world_size)]
         shards = {owner: [piece for piece in work.pieces if piece.owner == owner] for owner in ranks}
         own = shards[work.rank]
-        for owner in others:
-            if shards[owner]:
-                work.send(owner, 0, work.encode(shards[owner]))
+        mine = work.encode(own) if own else None
+        # One after the other: a shard is on its way while the next one is compressed.
+        outgoing = ((owner, work.encode(shards[owner])) for owner in others if shards[owner])
+        got = yield from work.swap(0, outgoing, dict.fromkeys(others, own) if own else {})
         reduced = {}
-        if own:
-            mine = work.encode(own)
-            incoming = {peer: work.recv(peer, 0) for peer in others}
-            yield list(incoming.values())
+        if mine is not None:
             # Nothing of this stage is kept for the next one: a dense shard of every rank is a whole gradient.
-            reduced[work.rank] = work.reduce(
-                own, [mine if rank == work.rank else work.parse(own, incoming.pop(rank)) for rank in ranks]
-            )
-            for peer in others:
-                work.send(peer, 1, reduced[work.rank])
-        coming = {owner: work.recv(owner, 1) for owner in others if shards[owner]}
-        yield list(coming.values())
-        for owner, message in coming.items():
-            reduced[owner] = work.parse(shards[owner], message)
+            reduced[work.rank] = work.reduce(own, [mine if rank == work.rank else got.pop(rank) for rank in ranks])
+        expected = {owner: shards[owner] for owner in others if shards[owner]}
+        reduced |= yield from work.swap(1, [(peer, reduced[work.rank]) for peer in others if own], expected)
         for owner in ranks:
             if shards[owner]:
                 work.deliver(shards[owner], [reduced[owner]])
