@@ -18,7 +18,7 @@ from gradcomp.bucket import (
     tensor_table,
 )
 from gradcomp.compressors.cast import NoCompression
-from gradcomp.message import Message, max_message_bytes
+from gradcomp.message import Head, Message, max_message_bytes
 
 SPARSE = gradcomp.compressor("topk:ratio=0.1")
 CPU = torch.device("cpu")
