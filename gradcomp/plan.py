@@ -24,6 +24,9 @@ from gradcomp.rules import Choice, Rules
 
 __all__ = ["Plan", "message_bounds"]
 
+# More than a parameter's share of a message's head and its packet's header.
+_HEADS_BYTES = 128
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,6 +82,11 @@ class Plan:
         return 4 * sum(row.numel for row in self.table)
 
     @cached_property
+    def numels(self) -> dict[str, int]:
+        """The elements of every parameter, by name."""
+        return {row.name: row.numel for row in self.table}
+
+    @cached_property
     def specs(self) -> dict[str, str]:
         """Each parameter's compressor, as a spec string."""
         return {row.name: format_spec(row.codec) for row in self.table}
@@ -116,14 +124,16 @@ class Plan:
         return [max(pair) for pair in zip(self.message_bytes(), dense, strict=True)]
 
 
-def message_bounds(lengths: Sequence[int], tensors: Sequence[Tensor]) -> tuple[int, int]:
+def message_bounds(lengths: Sequence[int], tensors: Sequence[Tensor], later: Sequence[Tensor] = ()) -> tuple[int, int]:
     """The longest message there can be, and how much a rank can send another in a step or a broadcast, in bytes.
 
     Args:
         lengths: the longest message of each bucket.
         tensors: all that is broadcast.
+        later: parameters that may come to them, in messages of their own.
     """
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    sizes = [tensor.numel() * tensor.element_size() for tensor in (*tensors, *later)]
+    more = sum(4 * tensor.numel() + _HEADS_BYTES for tensor in later)
     # Broadcast chunks, averages and digests share the connection. What has no flat view is broadcast whole.
     others = max(replicas.BROADCAST_CHUNK_BYTES, 16 * len(sizes), *sizes)
-    return max(*lengths, others), max(2 * sum(lengths), sum(sizes)) + others
+    return max(*lengths, others) + more, max(2 * (sum(lengths) + more), sum(sizes)) + others
