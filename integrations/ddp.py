@@ -139,27 +139,29 @@ def register(
         ConfigError: not a DistributedDataParallel, a model that has a hook already, or as :func:`gradcomp.attach`.
         HandshakeError, TransportTimeout, PeerLost: as :func:`gradcomp.attach`.
     """
-    if not isinstance(ddp_model, DistributedDataParallel):
-        return HookState(ddp_model, compressor).sync  # raises, saying what is wrong
-    later = _Later()
+    _check_model(ddp_model)
+    made: list[HookState] = []
     try:
-        ddp_model.register_comm_hook(later, _call_later)  # before anybody is met: DDP may refuse
+        ddp_model.register_comm_hook(made, _call_made)  # before anybody is met: DDP may refuse
     except RuntimeError as error:
+        raise ConfigError(f"ddp: the model has a communication hook already; DDP allows one: {error}") from None
+    made.append(HookState(ddp_model, compressor, transport, **options))
+    return made[0].sync
+
+
+def _call_made(made: list[HookState], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """:func:`comm_hook`, for a state that is made after the hook is registered."""
+    if not made:
+        raise ConfigError("ddp: registering the hook failed, and DDP keeps it all the same: wrap the model anew")
+    return comm_hook(made[0], bucket)
+
+
+def _check_model(ddp_model: object) -> None:
+    if not isinstance(ddp_model, DistributedDataParallel):
         raise ConfigError(
-            f"ddp: the model has a communication hook already, and DDP allows only one: {error}"
-        ) from None
-    later.state = HookState(ddp_model, compressor, transport, **options)
-    return later.state.sync
-
-
-class _Later:
-    state: HookState | None = None
-
-
-def _call_later(later: _Later, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    if later.state is None:
-        raise ConfigError("ddp: registering the hook failed, and DDP keeps it: wrap the model anew")
-    return comm_hook(later.state, bucket)
+            f"ddp: ddp_model is a {type(ddp_model).__name__}; it must be a DistributedDataParallel: "
+            "for a plain model there is gradcomp.attach(optimizer, model=model)"
+        )
 
 
 def _transport_for(ddp_model: DistributedDataParallel, spec: Spec | Transport | None) -> Transport:
