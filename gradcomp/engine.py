@@ -79,7 +79,8 @@ class GradientExchange:
         self._tensors = [tensor for _, tensor in named_parameters]
         if len({tensor.device for tensor in self._tensors}) > 1:
             raise ConfigError("parameters lie on several devices; one process exchanges the gradients of one device")
-        self.transport, self.exchange_kind = transport, exchange
+        transport.check_device(self._tensors[0].device)
+        self.transport, self.exchange_kind = transport, exchange.on(transport)
         self._reduction, self._when, self._digest_every = reduction, when, digest_every
         self._bucket_bytes = bucket_bytes
         self._dense = DenseRule() if dense is None else dense
@@ -96,7 +97,7 @@ class GradientExchange:
         self._lock = threading.Lock()
         self._start_step()
 
-        self._most_bytes = self._plan.most_bytes(exchange, transport.world_size)
+        self._most_bytes = self._plan.most_bytes(self.exchange_kind, transport.world_size)
         longest, all_together = message_bounds(self._most_bytes, [*self._tensors, *buffers])
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
         transport.connect(self._hello(bucket_bytes), max_message_bytes=longest, max_unclaimed_bytes=2 * all_together)
