@@ -84,6 +84,9 @@ class Transport(Configured, ABC):
     bytes_received: int
     adds_up: bool = False
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError if gradients on ``device`` cannot go this way; called before :meth:`connect`."""
+
     @abstractmethod
     def connect(
         self,
