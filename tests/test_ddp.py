@@ -216,8 +216,8 @@ state.sync.close()
         assert said["frozen"][0] == "ConfigError"
 
 
-@pytest.mark.parametrize("transport", [None, "zmq"])
-def test_a_rank_that_dies_inside_backward_fails_the_others(transport: str | None) -> None:
+@pytest.mark.parametrize(("transport", "how"), [(None, "kill"), ("zmq", "kill"), (None, "exit")])
+def test_a_rank_that_dies_inside_backward_fails_the_others(transport: str | None, how: str) -> None:
     found = run_script(
         SETUP
         + """
@@ -228,17 +228,45 @@ train(model, 3)
 x, y = batch(0)
 hidden = model(x, "both")
 if RANK == 1:
-    hidden.register_hook(lambda grad: os.kill(os.getpid(), signal.SIGKILL) if OPTIONS["how"] == "kill" else sys.exit(0))
+    die = {"kill": lambda _: os.kill(os.getpid(), signal.SIGKILL), "exit": lambda _: sys.exit(3)}
+    hidden.register_hook(die[OPTIONS["how"]])
 try:
     nn.functional.cross_entropy(hidden, y).backward()
     say(error="none")
-except gradcomp.TransportError as error:
+except gradcomp.GradcompError as error:
     say(error=type(error).__name__, peer=getattr(error, "peer", None))
 sys.stdout.flush()
 os._exit(0)
 """,
         3,
-        options={"transport": transport, "how": "exit"},
+        options={"transport": transport, "how": how},
+        may_die=[1],
     )
     for rank in (0, 2):
-        assert found[rank] == [{"error": "PeerLost", "peer": 1}], found
+        (line,) = found[rank]
+        assert line["error"] == "PeerLost"
+        assert line["peer"] != rank  # rank 1, or another that left because of it
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transport", [None, "zmq"])
+def test_gradients_on_a_gpu(transport: str | None) -> None:
+    """Two ranks on one device, DDP over Gloo: the packets are made on the GPU, the replicas are identical."""
+    found = run_script(
+        SETUP
+        + """
+inputs = batch
+batch = lambda step: [part.cuda() for part in inputs(step)]
+plain = train(wrap(used(Net()).cuda()), 20)
+for spec in ("none", "threshold", "onebit", "powersgd"):
+    model = wrap(used(Net()).cuda())
+    with ddp.register(model, spec, OPTIONS["transport"] and f"zmq:run={spec}", dense=DENSE, digest_every=1):
+        ours = train(model, 20)
+    say(spec=spec, bits=bits(ours.cpu()), close=close(ours, plain))
+"""
+        + DONE,
+        2,
+        options={"transport": transport},
+    )
+    assert found[0] == [line | {"close": found[0][i]["close"]} for i, line in enumerate(found[1])]
+    assert found[0][0]["close"]
