@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -106,8 +107,8 @@ class StateStore:
         loose = {name: waiting.to(device, copy=True) for name, waiting in self._waiting.items()}
         for states, kept in ((self._loaded, new._loaded), (self._states, new._states)):
             for key, state in states.items():
-                name, span, role = key
-                if _same_piece(before.get(key[:2]), after.get(key[:2]), role):
+                name, span, _ = key
+                if _same_piece(before.get(key[:2]), after.get(key[:2])):
                     kept[key] = state
                 elif "residual" in state:
                     start, stop = map(int, span.split(":"))
@@ -204,11 +205,9 @@ def unpack(state_dict: Mapping[str, object], expected: Mapping[str, object]) -> 
     return step, states
 
 
-def _same_piece(old: Piece | None, new: Piece | None, role: str) -> bool:
-    """Whether a state of ``old`` serves ``new`` as it is."""
-    if old is None or new is None or (old.codec, old.shape) != (new.codec, new.shape):
-        return False
-    return role == "gradient" or old.owner == new.owner
+def _same_piece(old: Piece | None, new: Piece | None) -> bool:
+    """Whether states of ``old`` serve ``new`` as they are: all ranks' and the owner's, which count the same steps."""
+    return old is not None and new is not None and replace(old, unit=new.unit) == new
 
 
 def _items(mapping: object, where: str) -> list[tuple[str, object]]:

@@ -10,7 +10,7 @@ from gradcomp.bucket import Piece, Unit
 from gradcomp.exchanges.all_gather import AllGather
 from gradcomp.exchanges.all_reduce import AllReduce
 from gradcomp.exchanges.two_shot import TwoShot
-from gradcomp.interfaces import Compressor, Exchange, Incoming, LinearCompressor, Work
+from gradcomp.interfaces import Compressor, Exchange, Incoming, Work
 from gradcomp.options import check_integer
 
 __all__ = ["Auto"]
@@ -57,5 +57,5 @@ class Auto(Exchange):
 
 
 def _adds_up(codecs: Sequence[Compressor], world_size: int) -> bool:
-    linear = all(isinstance(codec, LinearCompressor) for codec in codecs)
+    linear = all(codec.linear for codec in codecs)
     return world_size > 2 and linear and not all(codec.stateless for codec in codecs)
