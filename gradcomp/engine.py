@@ -49,6 +49,7 @@ class GradientExchange:
         bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32.
         digest_every: every so many steps replicas are compared; 0 never.
         dense: which parameters go uncompressed; called with name and parameter.
+        accept: raises ConfigError for compressors that will not do; asked about every one that is set.
 
     Raises:
         ConfigError: no parameters, or an option out of range.
@@ -68,6 +69,7 @@ class GradientExchange:
         bucket_bytes: int = 25 << 20,
         digest_every: int = 100,
         dense: Callable[[str, Tensor], bool] | None = None,
+        accept: Callable[[Choice], None] | None = None,
     ) -> None:
         check_choice("attach", "reduction", reduction, ("mean", "sum"))
         check_choice("attach", "when", when, ("backward", "step"))
@@ -83,6 +85,7 @@ class GradientExchange:
         self._reduction, self._when, self._digest_every = reduction, when, digest_every
         self._bucket_bytes = bucket_bytes
         self._dense = DenseRule() if dense is None else dense
+        self._accept = accept
         self._plan = self._make_plan(compressor)
         self._numels = {row.name: row.numel for row in self._plan.table}
         self._store = StateStore(transport.rank)
@@ -287,6 +290,8 @@ class GradientExchange:
         }
 
     def _make_plan(self, compressor: Choice) -> Plan:
+        if self._accept is not None:
+            self._accept(compressor)
         return Plan.make(
             list(zip(self._names, self._tensors, strict=True)),
             compressor,
