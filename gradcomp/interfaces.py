@@ -52,7 +52,7 @@ class Compressor(Configured, ABC):
 
     Attributes:
         stateless: encodes each element by itself and remembers nothing, so tensors may be joined and cut anywhere.
-        in_step: its state counts steps, alike on all ranks: one without a gradient is told of them (:meth:`pass_over`).
+        in_step: its state counts steps (int64), on all ranks alike: :meth:`pass_over` tells those without a gradient.
     """
 
     stateless: ClassVar[bool] = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,6 +48,10 @@ class StateStore:
 
     def _fresh(self, key: tuple[str, str, str], piece: Piece, grad: Tensor) -> State:
         fresh = piece.codec.new_state(grad)
+        if piece.codec.in_step and key[2] == "sum":
+            # An owner that is new, to a run that is not: it counts the steps that all ranks have counted.
+            counted = self._states.get((*key[:2], "gradient"), {})
+            fresh |= {field: tensor.clone() for field, tensor in counted.items() if tensor.dtype == torch.int64}
         piece.codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
         return fresh
 
@@ -107,8 +110,8 @@ class StateStore:
         loose = {name: waiting.to(device, copy=True) for name, waiting in self._waiting.items()}
         for states, kept in ((self._loaded, new._loaded), (self._states, new._states)):
             for key, state in states.items():
-                name, span, _ = key
-                if _same_piece(before.get(key[:2]), after.get(key[:2])):
+                name, span, role = key
+                if _same_piece(before.get(key[:2]), after.get(key[:2]), role):
                     kept[key] = state
                 elif "residual" in state:
                     start, stop = map(int, span.split(":"))
@@ -205,9 +208,11 @@ def unpack(state_dict: Mapping[str, object], expected: Mapping[str, object]) -> 
     return step, states
 
 
-def _same_piece(old: Piece | None, new: Piece | None) -> bool:
-    """Whether states of ``old`` serve ``new`` as they are: all ranks' and the owner's, which count the same steps."""
-    return old is not None and new is not None and replace(old, unit=new.unit) == new
+def _same_piece(old: Piece | None, new: Piece | None, role: str) -> bool:
+    """Whether a state of ``old`` serves ``new`` as it is."""
+    if old is None or new is None or (old.codec, old.shape) != (new.codec, new.shape):
+        return False
+    return role == "gradient" or old.owner == new.owner
 
 
 def _items(mapping: object, where: str) -> list[tuple[str, object]]:

@@ -144,6 +144,13 @@ def _check_steps(compressor: Compressor, grads: list[Tensor]) -> None:
         memory = commit()
         _require(_same_state(third, other), "what prepare() commits is what commit() does")
         _require(memory is None or memory.numel() == grad.numel(), "a commit returns as much memory, or None")
+        same = _same(compressor.at(state).decompress(packet), compressor.decompress(packet))
+        _require(same, "at() decodes the step's packet as decompress() does")
+        fourth = _copy(state)
+        compressor.pass_over(fourth)
+        _require(fourth.keys() == state.keys(), "pass_over() keeps the state's fields")
+        if "residual" in state:
+            _require(_same(fourth["residual"], state["residual"]), "pass_over() leaves the residual as it is")
         compressor.commit(grad, packet, state)
         _require(_same(grad, grad_before), "commit() leaves the gradient as it is")
         _require(_same_state(state, other), "compress() is encode() and commit()")

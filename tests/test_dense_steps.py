@@ -305,6 +305,26 @@ def test_randomk_goes_from_all_gather_to_all_reduce() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("spec", ["powersgd:dense_steps=2", 'scheduled:stages=[[2,"none"]],then="powersgd"'])
+def test_owners_that_are_new_count_what_was_counted(spec: str) -> None:
+    """A tensor that is not cut goes from all_gather, which has no owners, to two_shot in the second stage."""
+
+    def rank_main(transport: Any, exchange: str, states: Any) -> Any:
+        weight = nn.Parameter(torch.zeros(40, 30))
+        with attach(None, torch.optim.SGD([weight], lr=0.1), transport, compressor=spec, exchange=exchange) as sync:
+            if states is not None:
+                sync.load_state_dict(states[transport.rank])
+            for step in range(3):
+                set_gradients([weight], [grads_of(transport.rank, step)[1]])
+            sync.check_replicas()
+            return sync.state_dict()
+
+    saved = run_ranks(2, lambda t: rank_main(t, "all_gather", None))
+    for states in run_ranks(2, lambda t: rank_main(t, "two_shot", saved)):
+        for state in states["states"]["group0.0"]["0:1200"].values():
+            assert int(state["step"] if "step" in state else state["random"][1]) == 6
+
+
 class TestLinearSchedules:
     SPEC = 'scheduled:stages=[[1,"none"],[3,"randomk:ratio=0.1"]],then="powersgd:rank=1"'
 
