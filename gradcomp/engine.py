@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +15,10 @@ from gradcomp.bucket import DenseRule
 from gradcomp.buffers import BufferPolicy
 from gradcomp.errors import ConfigError, GradcompError
 from gradcomp.gradients import Gradients, ParameterGradients
-from gradcomp.hooks import BackwardHooks
+from gradcomp.hooks import BackwardHooks, Handle
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.options import check_choice, check_integer
-from gradcomp.plan import Plan, message_bounds
+from gradcomp.plan import Planner, message_bounds
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 from gradcomp.states import unpack
@@ -28,12 +28,6 @@ from gradcomp.version import WIRE_VERSION, __version__
 __all__ = ["GradientExchange"]
 
 _STATE_FORMAT = 1
-
-
-class Handle(Protocol):
-    """Something that can be taken off again."""
-
-    def remove(self) -> None: ...
 
 
 class GradientExchange:
@@ -56,6 +50,7 @@ class GradientExchange:
         dense: which parameters go uncompressed; called with name and parameter.
         loss_scale: what gradients are multiples of (torch.amp.GradScaler's scale), asked at the start of each step.
         gradients: where they lie, if not in ``p.grad``.
+        accept: raises ConfigError for compressors that will not do; asked about every one that is set.
 
     Raises:
         ConfigError: no parameters, or an option out of range.
@@ -80,25 +75,30 @@ class GradientExchange:
         dense: Callable[[str, Tensor], bool] | None = None,
         loss_scale: Callable[[], float] | None = None,
         gradients: Gradients | None = None,
+        accept: Callable[[Choice], None] | None = None,
     ) -> None:
         check_choice("attach", "reduction", reduction, ("mean", "sum"))
         check_choice("attach", "when", when, ("backward", "step", "ddp"))
         check_integer("attach", "bucket_bytes", bucket_bytes, at_least=4)
         check_integer("attach", "digest_every", digest_every, at_least=0)
-        self._check_parameters(named_parameters)
         self._names = [name for name, _ in named_parameters]
-        transport.check_device(named_parameters[0][1].device)
         exchange = exchange.on(transport)
         self.transport, self.exchange_kind = transport, exchange
         self._reduction, self._when, self._digest_every = reduction, when, digest_every
-        self._bucket_bytes = bucket_bytes
-        self._dense = DenseRule() if dense is None else dense
+        self._planner = Planner(
+            exchange=exchange,
+            world_size=transport.world_size,
+            bucket_bytes=bucket_bytes,
+            dense=DenseRule() if dense is None else dense,
+            accept=accept,
+        )
         self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
         self._syncing = True
         self._closed = False
         self._handles: list[Handle] = []
         tensors = [tensor for _, tensor in named_parameters]
-        plan = self._make_plan(named_parameters, compressor)
+        plan = self._planner.plan(named_parameters, compressor)
+        transport.check_device(tensors[0].device)
         self._stepper = Stepper(
             plan=plan,
             tensors=tensors,
@@ -113,7 +113,7 @@ class GradientExchange:
         self._longest, self._all_together = message_bounds(most, everything, later)
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
         transport.connect(
-            self._hello(bucket_bytes),
+            self._hello(),
             max_message_bytes=self._longest,
             max_unclaimed_bytes=2 * self._all_together,
         )
@@ -278,7 +278,6 @@ class GradientExchange:
         """
         if self._when == "ddp":
             raise ConfigError("set_parameters: DistributedDataParallel's parameters are those it was made with")
-        self._check_parameters(named_parameters)
         self._change("set_parameters", named_parameters, lambda: self.compressor)
         replicas.broadcast(self.transport, self._stepper.next_turn(), self._stepper.tensors)
         if self._when == "backward":
@@ -292,7 +291,7 @@ class GradientExchange:
         problem: GradcompError | None = None
         agreed: dict[str, str | int | bytes] = {"step": stepper.step}
         try:
-            plan = self._make_plan(named, choice())
+            plan = self._planner.plan(named, choice())
             longest, all_together = message_bounds(plan.message_bytes(), [tensor for _, tensor in named])
             for most, allowed in ((longest, self._longest), (all_together, self._all_together)):
                 if most > allowed:
@@ -343,7 +342,7 @@ class GradientExchange:
 
     # -- meeting -------------------------------------------------------------------------------------------------------
 
-    def _hello(self, bucket_bytes: int) -> dict[str, str | int | bytes]:
+    def _hello(self) -> dict[str, str | int | bytes]:
         return {
             "version": __version__,
             "wire": WIRE_VERSION,
@@ -352,26 +351,10 @@ class GradientExchange:
             "exchange": json.dumps(self.exchange_kind.config(), sort_keys=True),
             "reduction": self._reduction,
             "when": self._when,
-            "bucket_bytes": bucket_bytes,
+            "bucket_bytes": self._planner.bucket_bytes,
             "digest_every": self._digest_every,
             "buffers": f"{self._buffer_policy.policy}:every={self._buffer_policy.every}",
         }
-
-    def _check_parameters(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        if not named:
-            raise ConfigError("the optimizer has no parameters that require a gradient: there is nothing to exchange")
-        if len({tensor.device for _, tensor in named}) > 1:
-            raise ConfigError("parameters lie on several devices; one process exchanges the gradients of one device")
-
-    def _make_plan(self, named: Sequence[tuple[str, Tensor]], compressor: Choice) -> Plan:
-        return Plan.make(
-            named,
-            compressor,
-            dense=self._dense,
-            exchange=self.exchange_kind,
-            world_size=self.world_size,
-            bucket_bytes=self._bucket_bytes,
-        )
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["BackwardHooks"]
+__all__ = ["BackwardHooks", "Handle"]
+
+
+class Handle(Protocol):
+    """Something that can be taken off again."""
+
+    def remove(self) -> None: ...
 
 
 class BackwardHooks:

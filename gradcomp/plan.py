@@ -17,12 +17,13 @@ from torch import Tensor
 from gradcomp import handshake, replicas
 from gradcomp.bucket import Bucket, Parameter, Piece, Unit, plan_buckets, tensor_table
 from gradcomp.compressors.cast import NoCompression
+from gradcomp.errors import ConfigError
 from gradcomp.interfaces import Exchange
 from gradcomp.message import max_message_bytes
 from gradcomp.registry import format_spec
 from gradcomp.rules import Choice, Rules
 
-__all__ = ["Plan", "message_bounds"]
+__all__ = ["Plan", "Planner", "message_bounds"]
 
 # More than a parameter's share of a message's head and its packet's header.
 _HEADS_BYTES = 128
@@ -122,6 +123,43 @@ class Plan:
             units = [Unit((p,), self.table[p].shape, plain) for p in bucket.parameters]
             dense.append(max_message_bytes(exchange.cut(units, world_size), len(units)))
         return [max(pair) for pair in zip(self.message_bytes(), dense, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Makes the plans of one exchange: what stays the same when parameters or compressor change.
+
+    Attributes:
+        exchange, world_size, bucket_bytes, dense: as for :meth:`Plan.make`.
+        accept: raises ConfigError for compressors that will not do.
+    """
+
+    exchange: Exchange
+    world_size: int
+    bucket_bytes: int
+    dense: Callable[[str, Tensor], bool]
+    accept: Callable[[Choice], None] | None
+
+    def plan(self, named: Sequence[tuple[str, Tensor]], compressor: Choice) -> Plan:
+        """The plan for these parameters.
+
+        Raises:
+            ConfigError: none, on several devices, of a strange type, or with a compressor that is not accepted.
+        """
+        if not named:
+            raise ConfigError("the optimizer has no parameters that require a gradient: there is nothing to exchange")
+        if len({tensor.device for _, tensor in named}) > 1:
+            raise ConfigError("parameters lie on several devices; one process exchanges the gradients of one device")
+        if self.accept is not None:
+            self.accept(compressor)
+        return Plan.make(
+            named,
+            compressor,
+            dense=self.dense,
+            exchange=self.exchange,
+            world_size=self.world_size,
+            bucket_bytes=self.bucket_bytes,
+        )
 
 
 def message_bounds(lengths: Sequence[int], tensors: Sequence[Tensor], later: Sequence[Tensor] = ()) -> tuple[int, int]:

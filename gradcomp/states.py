@@ -48,6 +48,10 @@ class StateStore:
 
     def _fresh(self, key: tuple[str, str, str], piece: Piece, grad: Tensor) -> State:
         fresh = piece.codec.new_state(grad)
+        if piece.codec.in_step and key[2] == "sum":
+            # An owner that is new, to a run that is not: it counts the steps that all ranks have counted.
+            counted = self._states.get((*key[:2], "gradient"), {})
+            fresh |= {field: tensor.clone() for field, tensor in counted.items() if tensor.dtype == torch.int64}
         piece.codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
         return fresh
 

@@ -9,6 +9,7 @@ come.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from gradcomp import kernels
 from gradcomp.bucket import Bucket, Parameter, Piece
 from gradcomp.errors import GradientError
 from gradcomp.gradients import Gradients
-from gradcomp.interfaces import MY_TURN, Buffer, Commit, Incoming, LinearCompressor, Slot, Transport, Work
+from gradcomp.interfaces import MY_TURN, Buffer, Commit, Compressor, Incoming, Slot, State, Transport, Work
 from gradcomp.message import Head, Message
 from gradcomp.packet import Packet
 from gradcomp.rounds import Rounds, join
@@ -103,6 +104,7 @@ class BucketWork(Work):
         with self._record.timed("decompress_s"):
             for i, piece in enumerate(pieces):
                 self._deliver(piece, [message.packets[i] for message in messages], present)
+                self._keep_in_step(piece, present)
 
     def rounds(self, pieces: Sequence[Piece]) -> Generator[Tensor, Tensor, None]:
         """Rounds of all pieces as one, and then what :meth:`deliver` does, with the packets of the sums."""
@@ -229,8 +231,6 @@ class BucketWork(Work):
     def _rounds(self, piece: Piece) -> Rounds[tuple[Packet, Callable[[], None] | None]]:
         """One piece's part of :meth:`rounds`: the packet of the sum, and what commits it."""
         codec = piece.codec
-        if not isinstance(codec, LinearCompressor):
-            raise TypeError(f"compressor {codec.id!r} is not linear")
         grad = self._gradient(piece.unit)
         if grad is None:
             # Others may have one: it adds its residual, and its state must not fall behind theirs.
@@ -259,7 +259,23 @@ class BucketWork(Work):
             self._apply(piece, packets, present)
         else:
             self.nonfinite |= any(packet is not None and packet.is_nonfinite for packet in packets)
+            if any(packet is not None for packet in packets):
+                piece = replace(piece, codec=self._decoder(piece))
             self._held.append((piece, packets, present))
+
+    def _keep_in_step(self, piece: Piece, present: set[int]) -> None:
+        """A rank without a gradient goes on to the next step with those that have one."""
+        position = self._bucket.units[piece.unit].parameters[0]
+        if piece.codec.in_step and position in present and self._gradients.get(position) is None:
+            self._commits.append(partial(piece.codec.pass_over, self._state(piece)))
+
+    def _state(self, piece: Piece) -> State:
+        like = torch.empty(piece.shape, dtype=torch.float32, device=self._device)
+        return self._store.get(self._name(piece), piece, "gradient", like)
+
+    def _decoder(self, piece: Piece) -> Compressor:
+        """What decodes all ranks' packets of this step, which is not committed yet."""
+        return piece.codec.at(self._state(piece)) if piece.codec.in_step else piece.codec
 
     def _reduce(self, piece: Piece, packets: Sequence[Packet | None]) -> Packet | None:
         given = [packet for packet in packets if packet is not None]
@@ -269,9 +285,10 @@ class BucketWork(Work):
         if broken is not None:
             return broken
         total = torch.zeros(piece.numel, dtype=torch.float32, device=self._device)
+        codec = self._decoder(piece)
         for packet in given:
-            piece.codec.decompress_add(packet, total)
-        piece.codec.aggregate(total)
+            codec.decompress_add(packet, total)
+        codec.aggregate(total)
         total = total.view(piece.shape)
         if piece.codec.stateless:
             return piece.codec.encode(total)
@@ -286,7 +303,8 @@ class BucketWork(Work):
             return
         part = out[piece.start : piece.stop]
         kernels.clear(part)
-        scale = self._scale if piece.codec.stateless else self._scale * self._loss_scale
+        plain = self._bucket.units[piece.unit].codec.stateless
+        scale = self._scale if plain else self._scale * self._loss_scale
         for packet in packets:
             if packet is not None:
                 piece.codec.decompress_add(packet, part, scale)

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from gradcomp import registry
 from gradcomp.buffers import BufferPolicy
 from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
+from gradcomp.integrations.closures import check_line_search, refuse_closure, share_loss
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
@@ -40,7 +41,8 @@ def attach(
     Call it on every rank, after the optimizer is made. Parameters (and the model's buffers) start as rank 0's.
 
     Args:
-        optimizer: any ``torch.optim`` optimizer with dense float32, float16 or bfloat16 parameters.
+        optimizer: any ``torch.optim`` optimizer with dense float32, float16 or bfloat16 parameters. ``LBFGS`` goes with
+            ``none``, ``fp16``, ``bf16`` and linear compressors; what its closure returns becomes the same on all ranks.
         compressor: a spec string, config dict or Compressor; ``gradcomp.available_compressors()`` lists them. Or
             :class:`gradcomp.Rules` for each parameter's, their config, or ``"@FILE"``, a JSON file that holds it.
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
@@ -50,7 +52,7 @@ def attach(
         reduction: ``"mean"`` or ``"sum"`` over ranks.
         when: ``"backward"``: the exchange starts as gradients become ready and is over when ``backward()`` returns, so
             clipping, schedulers and logging see what they would see with DistributedDataParallel; ``"step"``: it
-            runs before each ``optimizer.step()``.
+            runs before each ``optimizer.step()``, which then takes no closure.
         bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32. Smaller ones start
             earlier, larger ones cost fewer messages.
         digest_every: every so many steps all replicas are compared bit for bit; 0 never.
@@ -79,6 +81,12 @@ def attach(
     if policy.policy != "alone" and model is None:
         raise ConfigError(f"attach: buffers={buffers!r} needs model=, whose buffers are meant")
     others = _others(model, optimizer)
+    line_search = isinstance(optimizer, LBFGS)
+    if line_search and when == "step":
+        raise ConfigError(
+            'attach: when="step" is not allowed with LBFGS, which computes gradients anew within a step; '
+            'when must be "backward"'
+        )
     sync = GradientExchange(
         _named(optimizer, model),
         compressor=choose(compressor),
@@ -94,9 +102,17 @@ def attach(
         digest_every=digest_every,
         dense=dense,
         loss_scale=None if scaler is None else scaler.get_scale,
+        accept=check_line_search if line_search else None,
     )
+    if line_search:
+        sync.add_handle(optimizer.register_step_pre_hook(share_loss(sync, reduction)))
+
+    def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_closure(args, kwargs)
+        sync.exchange()
+
     if when == "step":
-        sync.add_handle(optimizer.register_step_pre_hook(lambda *_: sync.exchange()))
+        sync.add_handle(optimizer.register_step_pre_hook(before_step))
     sync.add_handle(_FollowGroups(optimizer, lambda: sync.set_parameters(_named(optimizer, model))))
     return sync
 

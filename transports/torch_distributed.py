@@ -126,7 +126,8 @@ class TorchTransport(Transport):
         if device.type not in self._backends and "cpu" not in self._backends:
             there = ", ".join(f"{backend} for {kind}" for kind, backend in self._backends.items())
             raise ConfigError(
-                f"{self.id}: the parameters are on {device.type}, and the process group has only {there}: use  transport gloo or zmq, or move the model to a CUDA device before attaching"
+                f"{self.id}: the parameters are on {device.type}, and the process group has only {there}: use "
+                "transport gloo or zmq, or move the model to a CUDA device before attaching"
             )
 
     def carries(self, device: torch.device) -> bool:
