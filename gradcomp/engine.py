@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradcomp import replicas
+from gradcomp import redistribute, replicas
 from gradcomp.bucket import Bucket, DenseRule
 from gradcomp.driver import Driver
 from gradcomp.errors import ConfigError, GradcompError, GradientError
@@ -185,14 +185,8 @@ class GradientExchange:
 
         Save one a rank; with model, optimizer and random state it restores a run bit for bit.
         """
-        return {
-            "format": _STATE_FORMAT,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "step": self._step,
-            "compressor": json.dumps(self.compressor.config(), sort_keys=True),
-            "states": self._store.save(),
-        }
+        shapes = {row.name: list(row.shape) for row in self._plan.table}
+        return self._about() | {"step": self._step, "parameters": shapes, "states": self._store.save()}
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Restore what :meth:`state_dict` gave, on the same rank of as many ranks. Nothing changes if it is refused.
@@ -200,15 +194,26 @@ class GradientExchange:
         Raises:
             StateError: it is from another rank, world size, compressor or model.
         """
-        expected = {
+        step, states = unpack(state_dict, self._about())
+        self._store.load(states, self._plan.named_pieces(), self._numels)
+        self._step = step
+
+    def load_state_dicts(self, state_dicts: Iterable[Mapping[str, object]]) -> None:
+        """Restore what :meth:`state_dict` gave on all old ranks, be they as many or not: see gradcomp.redistribute.
+
+        All ranks must call it. If one refuses (StateError), all do (HandshakeError), and nothing changes on any.
+        """
+        self._step, self._store = redistribute.restore_together(
+            state_dicts, self._plan, self._about(), self.transport, self._next_turn(), self._tensors[0].device
+        )
+
+    def _about(self) -> dict[str, object]:
+        return {
             "format": _STATE_FORMAT,
             "rank": self.rank,
             "world_size": self.world_size,
             "compressor": json.dumps(self.compressor.config(), sort_keys=True),
         }
-        step, states = unpack(state_dict, expected)
-        self._store.load(states, self._plan.named_pieces(), self._numels)
-        self._step = step
 
     def set_compressor(self, compressor: Spec | Choice) -> None:
         """Compress differently from the next step on. All ranks must call it, between the same two steps.
