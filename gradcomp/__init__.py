@@ -21,6 +21,8 @@ from gradcomp.errors import (
     TransportTimeout,
     WorkerFailed,
 )
+from gradcomp.integrations.checkpoint import LoadedCheckpoint, load_checkpoint, save_checkpoint
+from gradcomp.integrations.checkpoint_dcp import Checkpoint
 from gradcomp.integrations.optimizer import attach
 from gradcomp.interfaces import Compressor, Exchange, LinearCompressor, Transport
 from gradcomp.packet import Packet
@@ -36,6 +38,7 @@ from gradcomp.rules import Rule, Rules
 from gradcomp.version import __version__
 
 __all__ = [
+    "Checkpoint",
     "Compressor",
     "ConfigError",
     "DenseRule",
@@ -45,6 +48,7 @@ __all__ = [
     "GradientExchange",
     "HandshakeError",
     "LinearCompressor",
+    "LoadedCheckpoint",
     "Packet",
     "PacketError",
     "PeerLost",
@@ -63,5 +67,7 @@ __all__ = [
     "available_transports",
     "compressor",
     "exchange",
+    "load_checkpoint",
+    "save_checkpoint",
     "transport",
 ]

@@ -66,7 +66,7 @@ def restore_together(
     agreed: handshake.Hello = {}
     try:
         step, store = restore(state_dicts, plan, about, device)
-        agreed = {"step": step}
+        agreed = {"checkpoint": "fits", "step": step}
     except GradcompError as error:
         # The others must hear of it, or they would wait for this rank.
         problem = error
