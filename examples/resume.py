@@ -39,9 +39,7 @@ def main() -> None:
     images, digits = (part[sync.rank :: sync.world_size][: 1400 // sync.world_size] for part in (images, digits))
 
     epochs_done = 0
-    loaded = gradcomp.load_checkpoint(
-        options.folder, sync, model=model, optimizer=optimizer
-    )  # + None at first
+    loaded = gradcomp.load_checkpoint(options.folder, sync, model=model, optimizer=optimizer)  # + None at first
     if loaded is not None:  # +
         epochs_done = loaded.extra["epochs_done"]  # + what we gave to save_checkpoint below
         scheduler.load_state_dict(loaded.extra["scheduler"])  # +
