@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -322,16 +324,19 @@ class TestDCP:
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         import torch.distributed.checkpoint as dcp
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, about there being one process
-            dcp.save(state, checkpoint_id=folder)
+        self.call(dcp.save, state, folder)
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
         import torch.distributed.checkpoint as dcp
 
+        self.call(dcp.load, state, folder)
+
+    def call(self, function: Callable[..., object], state: dict[str, Any], folder: Path) -> None:
+        # Older versions find out by themselves that there is no process group.
+        options = {"no_dist": True} if "no_dist" in inspect.signature(function).parameters else {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=folder)
+            warnings.simplefilter("ignore")  # torch's own, about there being one process
+            function(state, checkpoint_id=folder, **options)
 
     def test_goes_on_bit_for_bit(self, tmp_path: Path) -> None:
         run, again = self.run(), self.run(seed=4)
@@ -345,6 +350,33 @@ class TestDCP:
             assert all(torch.equal(a, b) for a, b in zip(run.tensors(), again.tensors(), strict=True))
             self.save(tmp_path / "next", {"gradcomp": restored})  # the same object saves from now on
             self.load(tmp_path / "next", {"gradcomp": gradcomp.Checkpoint(run.sync, saved_in=tmp_path / "next")})
+
+    def test_a_folder_for_each_rank(self, tmp_path: Path) -> None:
+        """Without a process group, DCP takes each rank for the only one."""
+
+        def rank_main(transport: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+            run = Run(transport)
+            with run.sync:
+                run.train(0, 1)
+                return run.tensors(), gradcomp.Checkpoint(run.sync).state_dict()
+
+        def resume(transport: Any) -> list[torch.Tensor]:
+            run = Run(transport)
+            with run.sync:
+                saved = tmp_path / str(transport.rank)
+                restored = gradcomp.Checkpoint(run.sync, saved_in=saved)
+                empty = restored.state_dict()
+                with lock:
+                    self.load(saved, {"gradcomp": empty})
+                restored.load_state_dict(empty)
+                return run.tensors()[-4:]
+
+        lock = threading.Lock()  # ranks are threads here, and torch changes warnings for all of them
+        before = run_ranks(2, rank_main)
+        for rank, (_, state) in enumerate(before):
+            self.save(tmp_path / str(rank), {"gradcomp": state})
+        for (tensors, _), found in zip(before, run_ranks(2, resume), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(tensors[-4:], found, strict=True))
 
     def test_nothing_of_ours_is_pickled(self, tmp_path: Path) -> None:
         run = self.run()
