@@ -22,6 +22,8 @@ from gradcomp.errors import (
     WorkerFailed,
 )
 from gradcomp.integrations import ddp as _ddp  # noqa: F401  (gradcomp.integrations.ddp is part of the face)
+from gradcomp.integrations.checkpoint import LoadedCheckpoint, load_checkpoint, save_checkpoint
+from gradcomp.integrations.checkpoint_dcp import Checkpoint
 from gradcomp.integrations.optimizer import attach
 from gradcomp.interfaces import Compressor, Exchange, LinearCompressor, Transport
 from gradcomp.packet import Packet
@@ -37,6 +39,7 @@ from gradcomp.rules import Rule, Rules
 from gradcomp.version import __version__
 
 __all__ = [
+    "Checkpoint",
     "Compressor",
     "ConfigError",
     "DenseRule",
@@ -46,6 +49,7 @@ __all__ = [
     "GradientExchange",
     "HandshakeError",
     "LinearCompressor",
+    "LoadedCheckpoint",
     "Packet",
     "PacketError",
     "PeerLost",
@@ -64,5 +68,7 @@ __all__ = [
     "available_transports",
     "compressor",
     "exchange",
+    "load_checkpoint",
+    "save_checkpoint",
     "transport",
 ]

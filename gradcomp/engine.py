@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from gradcomp import replicas
+from gradcomp import redistribute, replicas
 from gradcomp.bucket import DenseRule
 from gradcomp.buffers import BufferPolicy
 from gradcomp.errors import ConfigError, GradcompError
@@ -224,14 +224,9 @@ class GradientExchange:
 
         Save one a rank; with model, optimizer and random state it restores a run bit for bit.
         """
-        return {
-            "format": _STATE_FORMAT,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "step": self._stepper.step,
-            "compressor": json.dumps(self.compressor.config(), sort_keys=True),
-            "states": self._stepper.store.save(),
-        }
+        stepper = self._stepper
+        shapes = {row.name: list(row.shape) for row in stepper.plan.table}
+        return self._about() | {"step": stepper.step, "parameters": shapes, "states": stepper.store.save()}
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Restore what :meth:`state_dict` gave, on the same rank of as many ranks. Nothing changes if it is refused.
@@ -239,15 +234,27 @@ class GradientExchange:
         Raises:
             StateError: it is from another rank, world size, compressor or model.
         """
-        expected = {
+        step, states = unpack(state_dict, self._about())
+        self._stepper.store.load(states, self._stepper.plan.named_pieces(), self._stepper.plan.numels)
+        self._stepper.step = step
+
+    def load_state_dicts(self, state_dicts: Iterable[Mapping[str, object]]) -> None:
+        """Restore what :meth:`state_dict` gave on all old ranks, be they as many or not: see gradcomp.redistribute.
+
+        All ranks must call it. If one refuses (StateError), all do (HandshakeError), and nothing changes on any.
+        """
+        stepper = self._stepper
+        stepper.step, stepper.store = redistribute.restore_together(
+            state_dicts, stepper.plan, self._about(), self.transport, stepper.next_turn(), stepper.tensors[0].device
+        )
+
+    def _about(self) -> dict[str, object]:
+        return {
             "format": _STATE_FORMAT,
             "rank": self.rank,
             "world_size": self.world_size,
             "compressor": json.dumps(self.compressor.config(), sort_keys=True),
         }
-        step, states = unpack(state_dict, expected)
-        self._stepper.store.load(states, self._stepper.plan.named_pieces(), self._stepper.plan.numels)
-        self._stepper.step = step
 
     def set_compressor(self, compressor: Spec | Choice) -> None:
         """Compress differently from the next step on. All ranks must call it, between the same two steps.

@@ -68,6 +68,14 @@ class Compressor(Configured, ABC):
         """Whether gradient + residual = decoded + new residual. Not so where momentum enters or clipping takes away."""
         return True
 
+    @property
+    def additive(self) -> tuple[str, ...]:
+        """The fields of the state that count in the sum over ranks, flat float32 with an element for each gradient's.
+
+        When other ranks take over they are added up and cut anew; all other fields are taken from one old rank.
+        """
+        return ("residual",)
+
     def new_state(self, grad: Tensor) -> State:
         """What must last between steps for a tensor like ``grad``.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradcomp.interfaces import State
 
-__all__ = ["advance", "new_stream", "seed_stream", "stream", "stream_key"]
+__all__ = ["advance", "go_on", "is_stream", "new_stream", "seed_stream", "stream", "stream_key"]
 
 _WORD = 1 << 64
 
@@ -57,6 +57,16 @@ def stream(state: State | None, seed: int) -> tuple[int, int]:
 def advance(state: State) -> None:
     """On to the next step's numbers."""
     state["random"][1] += 1
+
+
+def is_stream(field: str) -> bool:
+    """Whether a state's field of this name is a stream: ``random``, or a schedule's ``0.random``."""
+    return field.rpartition(".")[2] == "random"
+
+
+def go_on(own: Tensor, old: Tensor) -> None:
+    """Bring a stream to the step of another one; it keeps its own key."""
+    own[1] = old[1]
 
 
 def _signed(word: int) -> int:

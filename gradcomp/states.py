@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from gradcomp.bucket import Piece
 from gradcomp.errors import StateError
 from gradcomp.interfaces import State
 
-__all__ = ["StateStore", "unpack"]
+__all__ = ["ROLES", "WAITING", "Key", "Loose", "NamedPieces", "StateStore", "parse", "unpack"]
 
 # "gradient": what a rank holds back of its own gradient; "sum": what the owner of a shard holds back of the sum.
 ROLES = ("gradient", "sum")
 # What is left of another compressor's residual, for the whole parameter, until it is sent with the next gradient.
 WAITING = "waiting"
 Saved = dict[str, dict[str, dict[str, State]]]
+Key = tuple[str, str, str]  # parameter name, "start:stop", role
 NamedPieces = Mapping[tuple[str, str], Piece]  # by parameter name and "start:stop"
 
 
@@ -31,8 +32,8 @@ class StateStore:
 
     def __init__(self, rank: int = 0) -> None:
         self._rank = rank
-        self._states: dict[tuple[str, str, str], State] = {}
-        self._loaded: dict[tuple[str, str, str], State] = {}
+        self._states: dict[Key, State] = {}
+        self._loaded: dict[Key, State] = {}
         self._waiting: dict[str, Tensor] = {}
 
     def get(self, name: str, piece: Piece, role: str, grad: Tensor) -> State:
@@ -46,7 +47,7 @@ class StateStore:
             self._states[key] = self._restore(key, self._fresh(key, piece, grad))
         return self._states[key]
 
-    def _fresh(self, key: tuple[str, str, str], piece: Piece, grad: Tensor) -> State:
+    def _fresh(self, key: Key, piece: Piece, grad: Tensor) -> State:
         fresh = piece.codec.new_state(grad)
         if piece.codec.in_step and key[2] == "sum":
             # An owner that is new, to a run that is not: it counts the steps that all ranks have counted.
@@ -55,7 +56,7 @@ class StateStore:
         piece.codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
         return fresh
 
-    def _restore(self, key: tuple[str, str, str], fresh: State) -> State:
+    def _restore(self, key: Key, fresh: State) -> State:
         loaded = self._loaded.pop(key, None)
         if loaded is None:
             return fresh
@@ -64,6 +65,11 @@ class StateStore:
                 f"state of {' '.join(key)} holds {_layout(loaded)}; this compressor keeps {_layout(fresh)}"
             )
         return {field: tensor.to(fresh[field].device).clone() for field, tensor in loaded.items()}
+
+    @property
+    def loaded(self) -> list[Key]:
+        """What was loaded and not yet asked for: whether it fits is not known before."""
+        return list(self._loaded)
 
     def residual_norm(self) -> float:
         """Euclidean norm of all that is held back on this rank."""
@@ -107,34 +113,38 @@ class StateStore:
             StateError: a residual that was loaded is not of its piece's size.
         """
         new = StateStore(self._rank)
-        loose = {name: held.to(device, copy=True) for name, held in self._waiting.items() if name in numels}
+        loose = Loose(numels, device)
+        for name, waiting in self._waiting.items():
+            if name in numels:
+                loose.add(name, f"0:{waiting.numel()}", {"residual": waiting})
         for states, kept in ((self._loaded, new._loaded), (self._states, new._states)):
             for key, state in states.items():
-                name, span, role = key
-                if name not in numels:
+                if key[0] not in numels:
                     continue  # a parameter that is exchanged no more
-                if _same_piece(before.get(key[:2]), after.get(key[:2]), role):
+                if _same_piece(before.get(key[:2]), after.get(key[:2]), key[2]):
                     kept[key] = state
-                elif "residual" in state:
-                    start, stop = map(int, span.split(":"))
-                    if state["residual"].numel() != stop - start:
-                        raise StateError(f"residual of {' '.join(key)} has {state['residual'].numel()} elements")
-                    if name not in loose:
-                        loose[name] = torch.zeros(numels[name], dtype=torch.float32, device=device)
-                    loose[name][start:stop] += state["residual"].to(device)
-        for (name, span), piece in after.items():
-            if name not in loose:
-                continue
-            key = (name, span, "gradient")
-            part = loose[name][piece.start : piece.stop]
-            own = new._states.get(key)
-            if own is None and key not in new._loaded:
-                own = new._fresh(key, piece, torch.empty(piece.shape, dtype=torch.float32, device=device))
-            if own is not None and "residual" in own:
-                new._states[key] = own | {"residual": own["residual"] + part}
-                part.zero_()
-        new._waiting = {name: left for name, left in loose.items() if bool(left.any())}
+                else:
+                    loose.add(*key[:2], state)
+        new.settle(loose, after)
         return new
+
+    def settle(self, loose: Loose, pieces: NamedPieces) -> None:
+        """Add what is loose to this rank's states of ``pieces``; residuals without a place wait."""
+        cut = _by_name(pieces)
+        for name in loose.names:
+            sums = loose.take(name)
+            for span, piece in cut.get(name, {}).items():
+                grad = torch.empty(piece.shape, dtype=torch.float32, device=loose.device)
+                own = self.get(name, piece, "gradient", grad)
+                placed = sums.keys() & own.keys()
+                parts = {field: sums[field][piece.start : piece.stop] for field in placed}
+                # Not in place: another store may hold the same tensors.
+                self._states[name, span, "gradient"] = own | {field: own[field] + parts[field] for field in placed}
+                for part in parts.values():
+                    part.zero_()
+            left = sums.get("residual")
+            if left is not None and bool(left.any()):
+                self._waiting[name] = left
 
     def save(self) -> Saved:
         """A copy of every state: ``{name: {"start:stop": {role: {field: tensor}}}}``."""
@@ -157,40 +167,103 @@ class StateStore:
         Raises:
             StateError: a parameter or range this run does not have, or something that is not a tensor.
         """
-        loaded: dict[tuple[str, str, str], State] = {}
-        spans: dict[str, set[str]] = {}
-        for name, span in pieces:
-            spans.setdefault(name, set()).add(span)
-        for name, ranges in saved.items():
-            if name not in numels:
-                raise StateError(f"state for parameter {name!r}, which this run does not have")
-            for span, roles in _items(ranges, name):
-                by_role = dict(_items(roles, f"{name} {span}"))
-                cut = spans.get(name, set())
-                if span not in cut and set(by_role) != {WAITING}:
-                    raise StateError(
-                        f"state for {name!r}[{span}]; this run cuts it into "
-                        f"{', '.join(sorted(cut)) or 'nothing'} (another world size, exchange or compressor)"
-                    )
-                for role, fields in by_role.items():
-                    if role not in (*ROLES, WAITING):
-                        raise StateError(f"state for {name!r}[{span}] has role {role!r}; roles are {', '.join(ROLES)}")
-                    state = dict(_items(fields, f"{name} {span} {role}"))
-                    for field, tensor in state.items():
-                        if not isinstance(tensor, Tensor):
-                            raise StateError(
-                                f"{name!r}[{span}] {role} {field} is {type(tensor).__name__}, not a tensor"
-                            )
-                    loaded[name, span, role] = {
-                        f: t.detach().clone() for f, t in state.items() if isinstance(t, Tensor)
-                    }
-        waiting = {key[0]: loaded.pop(key) for key in [*loaded] if key[2] == WAITING}
-        for name, held in waiting.items():
-            if _layout(held) != {"residual": ((numels[name],), "torch.float32")}:
-                raise StateError(f"what waits for {name!r} is {_layout(held)}; it must be a residual")
+        found = parse(saved, numels)
+        cuts = _by_name(pieces)
+        for name, span, role in found:
+            cut = cuts.get(name, {})
+            if span not in cut and role != WAITING:
+                raise StateError(
+                    f"state for {name!r}[{span}]; this run cuts it into "
+                    f"{', '.join(sorted(cut)) or 'nothing'} (another world size, exchange or compressor)"
+                )
+        copies = {
+            key: {field: tensor.detach().clone() for field, tensor in state.items()} for key, state in found.items()
+        }
+        self._waiting = {key[0]: copies.pop(key)["residual"] for key in found if key[2] == WAITING}
         self._states = {}
-        self._loaded = loaded
-        self._waiting = {name: held["residual"] for name, held in waiting.items()}
+        self._loaded = copies
+
+
+class Loose:
+    """What is held back and looks for a place: sums over the whole of each parameter, whatever pieces they came from.
+
+    Args:
+        numels: the elements of every parameter.
+        device: where the sums are made.
+    """
+
+    def __init__(self, numels: Mapping[str, int], device: torch.device) -> None:
+        self.device = device
+        self._numels = numels
+        self._sums: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters of which there is something."""
+        return list(self._sums)
+
+    def add(self, name: str, span: str, state: State, fields: Sequence[str] = ("residual",)) -> None:
+        """Add ``fields`` of a state for elements ``span`` of a parameter.
+
+        Raises:
+            StateError: a field that is not float32 of the range's size.
+        """
+        start, stop = map(int, span.split(":"))
+        for field in fields:
+            values = state.get(field)
+            if values is None:
+                continue
+            if values.dtype != torch.float32 or values.shape != (stop - start,):
+                raise StateError(
+                    f"{field} of {name!r}[{span}] has {values.numel()} elements, {values.dtype} and shape "
+                    f"{list(values.shape)}; it must be float32 of shape [{stop - start}]"
+                )
+            sums = self._sums.setdefault(name, {})
+            if field not in sums:
+                sums[field] = torch.zeros(self._numels[name], dtype=torch.float32, device=self.device)
+            sums[field][start:stop] += values.to(self.device)
+
+    def take(self, name: str) -> dict[str, Tensor]:
+        """What there is of a parameter, by field: flat float32 of all its elements. It is gone from here."""
+        return self._sums.pop(name)
+
+
+def parse(saved: Mapping[str, object], numels: Mapping[str, int]) -> dict[Key, State]:
+    """What :meth:`StateStore.save` gave, by parameter, range and role; the tensors themselves, not copies.
+
+    Args:
+        numels: the elements of every parameter.
+
+    Raises:
+        StateError: a parameter or elements this run does not have, an unknown role, or something that is not a tensor.
+    """
+    found: dict[Key, State] = {}
+    for name, ranges in saved.items():
+        if name not in numels:
+            raise StateError(f"state for parameter {name!r}, which this run does not have")
+        for span, roles in _items(ranges, name):
+            _check_span(name, span, numels[name])
+            by_role = _items(roles, f"{name} {span}")
+            if not by_role:
+                raise StateError(f"state for {name!r}[{span}] holds nothing")
+            for role, fields in by_role:
+                if role not in (*ROLES, WAITING):
+                    raise StateError(f"state for {name!r}[{span}] has role {role!r}; roles are {', '.join(ROLES)}")
+                state: State = {}
+                for field, tensor in _items(fields, f"{name} {span} {role}"):
+                    if not isinstance(tensor, Tensor):
+                        raise StateError(f"{name!r}[{span}] {role} {field} is {type(tensor).__name__}, not a tensor")
+                    state[field] = tensor
+                if role == WAITING and _layout(state) != {"residual": ((numels[name],), "torch.float32")}:
+                    raise StateError(f"what waits for {name!r} is {_layout(state)}; it must be a residual")
+                found[name, span, role] = state
+    return found
+
+
+def _check_span(name: str, span: str, numel: int) -> None:
+    start, _, stop = span.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and int(start) <= int(stop) <= numel):
+        raise StateError(f"state for {name!r}[{span}]; a range is START:STOP with 0 <= START <= STOP <= {numel}")
 
 
 def unpack(state_dict: Mapping[str, object], expected: Mapping[str, object]) -> tuple[int, Mapping[str, object]]:
@@ -208,6 +281,13 @@ def unpack(state_dict: Mapping[str, object], expected: Mapping[str, object]) -> 
     if not isinstance(states, Mapping):
         raise StateError(f"state dict has states={type(states).__name__}; it must be a dict")
     return step, states
+
+
+def _by_name(pieces: NamedPieces) -> dict[str, dict[str, Piece]]:
+    found: dict[str, dict[str, Piece]] = {}
+    for (name, span), piece in pieces.items():
+        found.setdefault(name, {})[span] = piece
+    return found
 
 
 def _same_piece(old: Piece | None, new: Piece | None, role: str) -> bool:

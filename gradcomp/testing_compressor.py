@@ -127,6 +127,9 @@ def _check_steps(compressor: Compressor, grads: list[Tensor]) -> None:
         "new_state() gives a dict of tensors",
     )
     _require(not (compressor.stateless and state), "a stateless compressor has no state")
+    for field in [field for field in compressor.additive if field in state]:
+        right = state[field].dtype == torch.float32 and state[field].shape == (grads[0].numel(),)
+        _require(right, f"what is additive is float32, flat, of the gradient's size; {field} is not")
     _check_packet(compressor, grads[0], compressor.encode(grads[0]))
     for grad in grads:
         grad_before, before = grad.clone(), _copy(state)

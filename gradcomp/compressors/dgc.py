@@ -97,6 +97,10 @@ class DeepGradientCompression(Compressor):
     def conserves(self) -> bool:
         return not self.momentum and not self.clip
 
+    @property
+    def additive(self) -> tuple[str, ...]:
+        return ("residual", "momentum")
+
     def new_state(self, grad: Tensor) -> State:
         state = super().new_state(grad)
         if self.momentum:

@@ -61,6 +61,11 @@ class Staged(Compressor, ABC):
     def linear(self) -> bool:
         return all(inner.linear for inner in self.compressors())
 
+    @property
+    def additive(self) -> tuple[str, ...]:
+        inner = (f"{number}.{field}" for number, stage in enumerate(self.compressors()) for field in stage.additive)
+        return ("residual", *inner)
+
     def new_state(self, grad: Tensor) -> State:
         state = super().new_state(grad) | {"step": torch.zeros((), dtype=torch.int64)}
         for number, inner in enumerate(self.compressors()):
