@@ -124,9 +124,10 @@ class TorchTransport(Transport):
 
     def check_device(self, device: torch.device) -> None:
         if device.type not in self._backends and "cpu" not in self._backends:
-            there = ", ".join(f"{backend} for {kind}" for kind, backend in self._backends.items())
+            there = ", ".join(f"{backend} for {kind} tensors" for kind, backend in self._backends.items())
             raise ConfigError(
-                f"{self.id}: the parameters are on {device.type}, and the process group has only {there}: use  transport gloo or zmq, or move the model to a CUDA device before attaching"
+                f"{self.id}: the parameters are {device.type} tensors, and there is only {there}: "
+                "move the model to its CUDA device before attaching, or use transport gloo or zmq"
             )
 
     def carries(self, device: torch.device) -> bool:
@@ -153,6 +154,8 @@ class TorchTransport(Transport):
         self._connected = True
         self._max_message_bytes = max_message_bytes
         self._mailbox.max_unclaimed_bytes = max_unclaimed_bytes or max(_UNCLAIMED_BYTES, 4 * max_message_bytes)
+        if self.backend is not None and not dist.is_backend_available(self.backend):
+            raise ConfigError(f"{self.id}: this torch was built without it")
         if self.world_size == 1:
             return
         full_hello = {
