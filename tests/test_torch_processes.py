@@ -46,7 +46,7 @@ try:
         optimizer.zero_grad()
         net(torch.randn(8, 64)).square().mean().backward()
         optimizer.step()
-        if options.get("init") and step % 3 == 0:
+        if options.get("init") and "members" not in options and step % 3 == 0:
             dist.all_reduce(torch.ones(5000), async_op=True)  # the user's own, at any moment
         if step == 20:
             say(running=True)
@@ -65,24 +65,11 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     script.write_text(SCRIPT)
     started = Ranks(script)
     # A rank that hangs: its end makes whoever reads from it fail.
-    watchdog = threading.Timer(DEADLINE_S / 2, lambda: [process.kill() for process in started.processes])
+    watchdog = threading.Timer(DEADLINE_S, lambda: [process.kill() for process in started.processes])
     watchdog.start()
     yield started
     watchdog.cancel()
     started.end()
-
-
-@pytest.mark.parametrize("init", [True, False])
-def test_replicas_stay_equal_with_a_default_group_and_without(ranks: Ranks, init: bool) -> None:
-    for rank in range(2):
-        ranks.start(rank, 2, init=init, steps=20)
-    for rank in range(2):
-        assert ranks.line(rank) == {"running": True}
-    first, second = (ranks.line(rank) for rank in range(2))
-    assert "done" in first, first
-    assert first == second
-    for process in ranks.processes:
-        assert process.wait(15.0) == 0
 
 
 def test_a_group_of_some_ranks(ranks: Ranks) -> None:
@@ -95,10 +82,9 @@ def test_a_group_of_some_ranks(ranks: Ranks) -> None:
         assert process.wait(15.0) == 0
 
 
-@pytest.mark.parametrize("init", [True, False])
-def test_a_killed_rank_is_lost_on_all_others_and_nobody_hangs(ranks: Ranks, init: bool) -> None:
+def test_a_killed_rank_is_lost_on_all_others_and_nobody_hangs(ranks: Ranks) -> None:
     for rank in range(3):
-        ranks.start(rank, 3, init=init, attach={"compressor": "threshold" if init else "none"})
+        ranks.start(rank, 3, init=True, attach={"compressor": "none"})
     for rank in range(3):
         assert ranks.line(rank) == {"running": True}
     ranks.processes[1].send_signal(signal.SIGKILL)
@@ -108,9 +94,9 @@ def test_a_killed_rank_is_lost_on_all_others_and_nobody_hangs(ranks: Ranks, init
         ranks.processes[rank].wait(30.0)
 
 
-def test_a_stopped_rank_times_out(ranks: Ranks) -> None:
+def test_without_a_default_group_and_with_a_rank_that_stops(ranks: Ranks) -> None:
     for rank in range(2):
-        ranks.start(rank, 2, transport="gloo:timeout_s=5")
+        ranks.start(rank, 2, transport="gloo:timeout_s=10", attach={"compressor": "threshold"})
     for rank in range(2):
         assert ranks.line(rank) == {"running": True}
     ranks.processes[1].send_signal(signal.SIGSTOP)
@@ -120,18 +106,9 @@ def test_a_stopped_rank_times_out(ranks: Ranks) -> None:
     assert ranks.processes[0].wait(30.0) == 0
 
 
-def test_a_rank_that_differs_is_refused_everywhere(ranks: Ranks) -> None:
+def test_a_rank_that_never_comes_is_named(ranks: Ranks) -> None:
     for rank in range(2):
-        ranks.start(rank, 2, init=True, attach={"compressor": "onebit"} if rank else {})
-    for rank in range(2):
-        found = ranks.line(rank)
-        assert (found["error"], found["about"]) == ("HandshakeError", "compressor"), found
-
-
-@pytest.mark.parametrize("init", [True, False])
-def test_a_rank_that_never_comes_is_named(ranks: Ranks, init: bool) -> None:
-    for rank in range(2):
-        ranks.start(rank, 2, init=init, absent=rank == 1, transport="gloo:timeout_s=3")
+        ranks.start(rank, 2, init=True, absent=rank == 1, transport="gloo:timeout_s=3")
     found = ranks.line(0)
     assert found["error"] == "TransportTimeout", found
     assert "rank 1" in found["text"] or "a rank did not come" in found["text"]

@@ -66,11 +66,18 @@ class PendingSum:
         return error
 
     def error(self) -> TransportError:
-        """Why the backend gave up: most likely a peer is gone, which the messages show, too, perhaps a moment later."""
+        """Why there will be no sum. Most likely a peer is gone; it may be a moment before the messages show that, too.
+
+        Who was killed is the cause, and who left because of that is not.
+        """
         with self.arrival:
-            self.arrival.wait_for(lambda: any(map(self.lost, self._links)), _LOSS_S)
-        lost = next(filter(None, map(self.lost, self._links)), None)
+            self.arrival.wait_for(lambda: any(self._was_killed(peer) for peer in self._links), _LOSS_S)
+        peers = sorted(self._links, key=self._was_killed, reverse=True)
+        lost = next(filter(None, map(self.lost, peers)), None)
         return lost or TransportError(f"rank {self.rank}: the all-reduce failed: {self._reason}")
+
+    def _was_killed(self, peer: int) -> bool:
+        return self._mailbox.lost(peer) is not None and self._links[peer].finished is None
 
     def _finish(self, future: torch.futures.Future[Any]) -> None:
         try:
@@ -106,11 +113,8 @@ class _Part(Incoming):
                     f"rank {pending.rank}: no all-reduce with rank {self.peer} for step {self.slot.step}, "
                     f"bucket {self.slot.bucket} within {pending.timeout_s:g} s"
                 )
-        if pending.failed:
+        if self.failed:
             raise pending.error().with_traceback(None)
-        lost = None if pending.finished else pending.lost(self.peer)
-        if lost is not None:
-            raise lost.with_traceback(None)
         return memoryview(b"")
 
 
