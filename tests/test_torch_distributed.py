@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import attach, parameters_of, run_ranks, small_net, train_step
+from ranks import attach, batch, parameters_of, run_ranks, small_net, train_step
 from torch import Tensor
 
 import gradcomp
@@ -19,16 +19,13 @@ from gradcomp.errors import ConfigError, PacketError, PeerLost, TransportTimeout
 from gradcomp.exchanges.auto import Auto
 from gradcomp.interfaces import MY_TURN, Slot, Transport
 from gradcomp.transports.group_frames import BYE, DATA, FRAME_BYTES, HELLO, NO_SLOT, Frame, Outgoing
-from gradcomp.transports.group_making import FromStore
 from gradcomp.transports.torch_distributed import GlooTransport, NcclTransport, TorchTransport
 
 TIMEOUT_S = 20.0
 
 
 def gloo_world(size: int, **options: Any) -> list[Transport]:
-    store = dist.HashStore()
-    options = {"timeout_s": TIMEOUT_S} | options
-    return [GlooTransport(group=FromStore(store, rank, size), **options) for rank in range(size)]
+    return list(GlooTransport.world(size, **({"timeout_s": TIMEOUT_S} | options)))
 
 
 def run_gloo(size: int, function: Callable[[Any], Any], **options: Any) -> list[Any]:
@@ -89,6 +86,29 @@ def test_auto_asks_the_transport_and_ranks_must_agree() -> None:
     assert gradcomp.exchange(Auto(native_sums=True).config()) == Auto(native_sums=True)
     with pytest.raises(ConfigError, match="native_sums"):
         Auto(native_sums=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "auto"])
+@pytest.mark.parametrize("compressor", ["none", "threshold:density=0.1", "powersgd:rank=2"])
+def test_nccl_trains_to_the_same_replicas(compressor: str, exchange: str) -> None:
+    def rank_main(transport: Any) -> list[Tensor]:
+        device = torch.device("cuda", transport.rank)
+        torch.cuda.set_device(device)
+        net = small_net().to(device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        with attach(net, optimizer, transport, compressor=compressor, exchange=exchange, digest_every=1) as sync:
+            for step in range(4):
+                inputs, targets = batch(sync.rank, step)
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(net(inputs.to(device)), targets.to(device)).backward()
+                optimizer.step()
+        return [parameter.cpu() for parameter in parameters_of(net)]
+
+    found = testing_transport.run_ranks(NcclTransport.world(2, timeout_s=TIMEOUT_S), rank_main)
+    for a, b in zip(found[0], found[1], strict=True):
+        assert torch.equal(a, b)
 
 
 # -- sums and swaps --------------------------------------------------------------------------------------------------
