@@ -64,8 +64,8 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     started = Ranks(script)
-    # A rank that hangs: its end makes whoever reads from it fail.
-    watchdog = threading.Timer(DEADLINE_S, lambda: [process.kill() for process in started.processes])
+    # Whoever reads from a rank that hangs fails when that is ended. Starting alone takes long on a busy machine.
+    watchdog = threading.Timer(2 * DEADLINE_S, lambda: [process.kill() for process in started.processes])
     watchdog.start()
     yield started
     watchdog.cancel()
