@@ -28,6 +28,7 @@ bench: $(INSTALLED)
 	$(BIN)/gradcomp bench codecs --sizes 1e4,1e6,25e6 --png codecs.png
 	$(RANKS) 4 -m gradcomp.bench.all_gather --sizes 0.1,4,16 --beside-gloo
 	$(RANKS) 4 -m gradcomp.bench.step_time --model dense --steps 8 --beside-ddp
+	$(RANKS) 4 -m gradcomp.bench.ddp_hooks --model vgg11 --steps 8
 	$(BIN)/gradcomp bench memory
 
 soak: $(INSTALLED)

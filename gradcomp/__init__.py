@@ -21,6 +21,7 @@ from gradcomp.errors import (
     TransportTimeout,
     WorkerFailed,
 )
+from gradcomp.integrations import ddp as _ddp  # noqa: F401  (gradcomp.integrations.ddp is part of the face)
 from gradcomp.integrations.optimizer import attach
 from gradcomp.interfaces import Compressor, Exchange, LinearCompressor, Transport
 from gradcomp.packet import Packet

@@ -49,12 +49,18 @@ class DenseRule:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One row of the tensor table: what all ranks must agree on about a parameter."""
+    """One row of the tensor table: what all ranks must agree on about a parameter.
+
+    Attributes:
+        frozen: whether it required no gradient when the table was made: it is not joined with those that do, which
+            would have to send zeros for it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     codec: Compressor
+    frozen: bool = False
 
     @property
     def numel(self) -> int:
@@ -63,7 +69,8 @@ class Parameter:
 
     def describe(self) -> str:
         """The row as text, for the handshake's digest."""
-        return f"{self.name} {list(self.shape)} {self.dtype} {self.codec.config()}"
+        frozen = " frozen" if self.frozen else ""
+        return f"{self.name} {list(self.shape)} {self.dtype} {self.codec.config()}{frozen}"
 
 
 @dataclass(frozen=True)
@@ -137,15 +144,15 @@ def plan_buckets(table: Sequence[Parameter], bucket_bytes: int) -> list[Bucket]:
 
 
 def _units(table: Sequence[Parameter], positions: Sequence[int]) -> list[Unit]:
-    joined: dict[Compressor, list[int]] = {}
+    joined: dict[tuple[Compressor, bool], list[int]] = {}
     units = []
     for position in positions:
         parameter = table[position]
         if parameter.codec.stateless:
-            joined.setdefault(parameter.codec, []).append(position)
+            joined.setdefault((parameter.codec, parameter.frozen), []).append(position)
         else:
             units.append(Unit((position,), parameter.shape, parameter.codec))
-    for codec, members in joined.items():
+    for (codec, _), members in joined.items():
         units.append(Unit(tuple(members), (sum(table[m].numel for m in members),), codec))
     return units
 
@@ -172,5 +179,5 @@ def tensor_table(
         codec, explicit = choose_for(compressor, name, tensor)
         if not explicit and not codec.stateless and dense(name, tensor):
             codec = plain
-        table.append(Parameter(name, tuple(tensor.shape), tensor.dtype, codec))
+        table.append(Parameter(name, tuple(tensor.shape), tensor.dtype, codec, not tensor.requires_grad))
     return table

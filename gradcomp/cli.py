@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="benchmarks", add_help=False)
     bench.add_argument(
-        "name", choices=("codecs", "all-gather", "step-time", "memory"), help="what to measure; --help after it"
+        "name",
+        choices=("codecs", "all-gather", "step-time", "ddp-hooks", "memory"),
+        help="what to measure; --help after it",
     )
     bench.set_defaults(run=_bench)
 

@@ -13,6 +13,7 @@ import torch
 
 from gradcomp.errors import TransportError
 from gradcomp.interfaces import MY_TURN, Incoming, Transport
+from gradcomp.lanes import Lane
 from gradcomp.telemetry import StepRecord
 
 __all__ = ["Driver"]
@@ -25,6 +26,7 @@ class _Bucket:
     steps: Steps
     record: StepRecord
     submitted: float
+    mark: torch.cuda.Event | None
     awaited: Sequence[Incoming] = ()
     deadline: float = 0.0
 
@@ -33,10 +35,14 @@ class Driver:
     """Runs exchanges as coroutines: whichever has what it waits for goes on, a new bucket before all others.
 
     New buckets come first so that their packets are on the wire while earlier ones are still coming in.
+
+    Args:
+        lane: where their CUDA work is queued.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, lane: Lane) -> None:
         self._transport = transport
+        self._lane = lane
         self._new: deque[_Bucket] = deque()
         self._active: list[_Bucket] = []
         self._unfinished = 0
@@ -46,7 +52,7 @@ class Driver:
         self._thread.start()
 
     def submit(self, steps: Steps, record: StepRecord) -> None:
-        """Start an exchange.
+        """Start an exchange of what the current CUDA stream, if there is one, has been given to compute.
 
         Raises:
             GradcompError: what an earlier exchange failed with.
@@ -54,7 +60,7 @@ class Driver:
         with self._transport.arrival:
             self._check()
             self._unfinished += 1
-            self._new.append(_Bucket(steps, record, time.perf_counter()))
+            self._new.append(_Bucket(steps, record, time.perf_counter(), self._lane.mark()))
             self._transport.arrival.notify_all()
 
     def drain(self) -> None:
@@ -69,6 +75,7 @@ class Driver:
                     raise TransportError("the exchange thread is gone")
                 self._transport.arrival.wait(1.0)
             self._check()
+        self._lane.join()
 
     def stop(self) -> None:
         """End the thread; what is under way is dropped."""
@@ -123,7 +130,9 @@ class Driver:
             self._transport.wait(bucket.awaited, timeout_s=0.0)
             bucket.awaited = ()  # the messages' memory is the exchange's to free
         try:
-            bucket.awaited = next(bucket.steps)
+            with self._lane.after(bucket.mark):
+                bucket.awaited = next(bucket.steps)
+            bucket.mark = None
             # Who waits for its turn waits for a bucket that has a deadline.
             bucket.deadline = math.inf if bucket.awaited is MY_TURN else time.monotonic() + self._transport.timeout_s
         except StopIteration:

@@ -1,32 +1,29 @@
-"""The engine: from a parameter's gradient hook to the reduced gradient in ``p.grad``, overlapped with backward."""
+"""GradientExchange: what users hold. How a step runs is in gradcomp.stepper, who starts one in gradcomp.hooks."""
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from gradcomp import replicas
-from gradcomp.bucket import Bucket, DenseRule
-from gradcomp.driver import Driver
-from gradcomp.errors import ConfigError, GradcompError, GradientError
+from gradcomp.bucket import DenseRule
+from gradcomp.buffers import BufferPolicy
+from gradcomp.errors import ConfigError, GradcompError
+from gradcomp.gradients import Gradients, ParameterGradients
+from gradcomp.hooks import BackwardHooks, Handle
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.options import check_choice, check_integer
-from gradcomp.ownership import Ownership
-from gradcomp.plan import Plan, message_bounds
+from gradcomp.plan import Planner, message_bounds
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
-from gradcomp.states import StateStore, unpack
-from gradcomp.telemetry import StepRecord, Totals
+from gradcomp.states import unpack
+from gradcomp.stepper import Stepper
 from gradcomp.version import WIRE_VERSION, __version__
-from gradcomp.work import BucketWork, check_gradient
 
 __all__ = ["GradientExchange"]
 
@@ -40,15 +37,20 @@ class GradientExchange:
     included, in rank order. Used from one training thread.
 
     Args:
-        named_parameters: name and parameter, in the same order on every rank.
+        named_parameters: name and parameter, in the same order on every rank. Frozen ones take part once they are not.
         compressor: a Compressor, or Rules for each parameter's.
         buffers: further tensors that start as rank 0's (BatchNorm's running statistics, frozen parameters).
+        synced: those of them that ``buffer_policy`` is for.
+        later: parameters that :meth:`set_parameters` may add: messages may be as long as they would then be.
         reduction: ``"mean"`` or ``"sum"`` over ranks.
         when: ``"backward"``: exchanged inside ``backward()``, overlapped with it; ``"step"``: when :meth:`exchange`
-            is called.
+            is called; ``"ddp"``: by somebody who calls :meth:`ready` and :meth:`exchange`.
         bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32.
         digest_every: every so many steps replicas are compared; 0 never.
         dense: which parameters go uncompressed; called with name and parameter.
+        loss_scale: what gradients are multiples of (torch.amp.GradScaler's scale), asked at the start of each step.
+        gradients: where they lie, if not in ``p.grad``.
+        accept: raises ConfigError for compressors that will not do; asked about every one that is set.
 
     Raises:
         ConfigError: no parameters, or an option out of range.
@@ -63,52 +65,64 @@ class GradientExchange:
         transport: Transport,
         exchange: Exchange,
         buffers: Sequence[Tensor] = (),
+        synced: Sequence[Tensor] = (),
+        buffer_policy: BufferPolicy | None = None,
+        later: Sequence[Tensor] = (),
         reduction: str = "mean",
         when: str = "backward",
         bucket_bytes: int = 25 << 20,
         digest_every: int = 100,
         dense: Callable[[str, Tensor], bool] | None = None,
+        loss_scale: Callable[[], float] | None = None,
+        gradients: Gradients | None = None,
+        accept: Callable[[Choice], None] | None = None,
     ) -> None:
         check_choice("attach", "reduction", reduction, ("mean", "sum"))
-        check_choice("attach", "when", when, ("backward", "step"))
+        check_choice("attach", "when", when, ("backward", "step", "ddp"))
         check_integer("attach", "bucket_bytes", bucket_bytes, at_least=4)
         check_integer("attach", "digest_every", digest_every, at_least=0)
-        if not named_parameters:
-            raise ConfigError("the optimizer has no parameters that require a gradient: there is nothing to exchange")
         self._names = [name for name, _ in named_parameters]
-        self._tensors = [tensor for _, tensor in named_parameters]
-        if len({tensor.device for tensor in self._tensors}) > 1:
-            raise ConfigError("parameters lie on several devices; one process exchanges the gradients of one device")
-        transport.check_device(self._tensors[0].device)
-        self.transport, self.exchange_kind = transport, exchange.on(transport)
+        exchange = exchange.on(transport)
+        self.transport, self.exchange_kind = transport, exchange
         self._reduction, self._when, self._digest_every = reduction, when, digest_every
-        self._bucket_bytes = bucket_bytes
-        self._dense = DenseRule() if dense is None else dense
-        self._plan = self._make_plan(compressor)
-        self._numels = {row.name: row.numel for row in self._plan.table}
-        self._store = StateStore(transport.rank)
-        self._ownership = Ownership(self._tensors)
-        self._totals = Totals()
-        self._step = 0
-        self._turn = 0  # numbers messages; unlike the step it never goes back, not even when a state is loaded
+        self._planner = Planner(
+            exchange=exchange,
+            world_size=transport.world_size,
+            bucket_bytes=bucket_bytes,
+            dense=DenseRule() if dense is None else dense,
+            accept=accept,
+        )
+        self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
         self._syncing = True
         self._closed = False
-        self._handles: list[RemovableHandle] = []
-        self._lock = threading.Lock()
-        self._start_step()
-
-        self._most_bytes = self._plan.most_bytes(self.exchange_kind, transport.world_size)
-        longest, all_together = message_bounds(self._most_bytes, [*self._tensors, *buffers])
+        self._handles: list[Handle] = []
+        tensors = [tensor for _, tensor in named_parameters]
+        plan = self._planner.plan(named_parameters, compressor)
+        transport.check_device(tensors[0].device)
+        self._stepper = Stepper(
+            plan=plan,
+            tensors=tensors,
+            gradients=ParameterGradients(tensors) if gradients is None else gradients,
+            transport=transport,
+            exchange=exchange,
+            scale=1.0 / transport.world_size if reduction == "mean" else 1.0,
+            loss_scale=loss_scale or (lambda: 1.0),
+        )
+        everything = [*tensors, *buffers]
+        most = plan.most_bytes(exchange, transport.world_size)
+        self._longest, self._all_together = message_bounds(most, everything, later)
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
-        transport.connect(self._hello(bucket_bytes), max_message_bytes=longest, max_unclaimed_bytes=2 * all_together)
-        self._driver = Driver(transport)
+        transport.connect(
+            self._hello(),
+            max_message_bytes=self._longest,
+            max_unclaimed_bytes=2 * self._all_together,
+        )
+        self._stepper.start()
         try:
             if transport.world_size > 1:
-                replicas.broadcast(transport, [*self._tensors, *buffers])
+                replicas.broadcast(transport, 0, everything)
             if when == "backward":
-                for position, tensor in enumerate(self._tensors):
-                    hook = tensor.register_post_accumulate_grad_hook(self._hook(position))  # type: ignore[no-untyped-call]
-                    self.add_handle(hook)
+                self._hook_up()
         except BaseException:
             self.close()
             raise
@@ -128,7 +142,7 @@ class GradientExchange:
     @property
     def compressor(self) -> Choice:
         """What compresses now: a Compressor, or Rules."""
-        return self._plan.compressor
+        return self._stepper.plan.compressor
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -149,7 +163,31 @@ class GradientExchange:
         if not self._syncing:
             return
         with self._abort_on_error():
-            self._finish()
+            self._stepper.finish()
+            step = self._stepper.step
+            if self._buffer_policy.is_due(step):
+                self._buffer_policy.apply(self.transport, self._stepper.next_turn(), self._synced)
+            if self._digest_every and step % self._digest_every == 0:
+                self.check_replicas()
+
+    def ready(self, *positions: int) -> None:
+        """These parameters, by their position among the named ones, have their gradients: for those who bring hooks."""
+        with self._abort_on_error():
+            self._stepper.ready(positions)
+
+    @property
+    def is_syncing(self) -> bool:
+        """Whether gradients are to be exchanged: not inside :meth:`no_sync`."""
+        return self._syncing
+
+    def check_replicas(self) -> None:
+        """Compare the parameters of all ranks; all must call it at the same step. Runs every ``digest_every`` steps.
+
+        Raises:
+            ReplicaMismatch: names the first parameter that differs.
+        """
+        stepper = self._stepper
+        replicas.check_equal(self.transport, stepper.next_turn(), stepper.step, self._names, stepper.tensors)
 
     def stats(self) -> dict[str, Any]:
         """What was sent and how long it took.
@@ -163,11 +201,11 @@ class GradientExchange:
             backward hid), ``parameters`` (the same by name). Now: ``residual_norm``, and ``compressors``: each
             parameter's, as a spec string, by name.
         """
-        return self._totals.as_dict() | {
-            "compressors": dict(self._plan.specs),
+        return self._stepper.totals.as_dict() | {
+            "compressors": dict(self._stepper.plan.specs),
             "bytes_sent": self.transport.bytes_sent,
             "bytes_received": self.transport.bytes_received,
-            "residual_norm": self._store.residual_norm(),
+            "residual_norm": self._stepper.store.residual_norm(),
         }
 
     def average(self, tensor: Tensor) -> Tensor:
@@ -179,7 +217,7 @@ class GradientExchange:
         Returns:
             float32, same shape, on the CPU; bit-identical on all ranks.
         """
-        return replicas.average(self.transport, self._next_turn(), tensor)
+        return replicas.average(self.transport, self._stepper.next_turn(), tensor)
 
     def state_dict(self) -> dict[str, object]:
         """Residuals and all else that must last, of this rank: a plain dict of tensors, strings and numbers.
@@ -190,9 +228,9 @@ class GradientExchange:
             "format": _STATE_FORMAT,
             "rank": self.rank,
             "world_size": self.world_size,
-            "step": self._step,
+            "step": self._stepper.step,
             "compressor": json.dumps(self.compressor.config(), sort_keys=True),
-            "states": self._store.save(),
+            "states": self._stepper.store.save(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
@@ -208,8 +246,8 @@ class GradientExchange:
             "compressor": json.dumps(self.compressor.config(), sort_keys=True),
         }
         step, states = unpack(state_dict, expected)
-        self._store.load(states, self._plan.named_pieces(), self._numels)
-        self._step = step
+        self._stepper.store.load(states, self._stepper.plan.named_pieces(), self._stepper.plan.numels)
+        self._stepper.step = step
 
     def set_compressor(self, compressor: Spec | Choice) -> None:
         """Compress differently from the next step on. All ranks must call it, between the same two steps.
@@ -225,29 +263,59 @@ class GradientExchange:
                 what the first compressor may send, or float32.
             HandshakeError: the ranks do not agree; names the field. Nothing has changed then, on any rank.
         """
-        if self._works:
-            raise ConfigError("set_compressor: a step is under way; call it between steps")
+        named = list(zip(self._names, self._stepper.tensors, strict=True))
+        self._change("set_compressor", named, lambda: choose(compressor))
+
+    def set_parameters(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
+        """Exchange the gradients of these parameters from the next step on, the new ones starting as rank 0's.
+
+        What ``optimizer.add_param_group`` calls on an optimizer that was attached. All ranks must call it, between the
+        same two steps. Residuals of parameters that stay are kept; those of others are dropped.
+
+        Raises:
+            ConfigError: no parameters, several devices, or messages longer than were agreed on at the start.
+            HandshakeError: as :meth:`set_compressor`.
+        """
+        if self._when == "ddp":
+            raise ConfigError("set_parameters: DistributedDataParallel's parameters are those it was made with")
+        self._change("set_parameters", named_parameters, lambda: self.compressor)
+        replicas.broadcast(self.transport, self._stepper.next_turn(), self._stepper.tensors)
+        if self._when == "backward":
+            self._hook_up()
+
+    def _change(self, what: str, named: Sequence[tuple[str, Tensor]], choice: Callable[[], Choice]) -> None:
+        """Go on with another plan, if all ranks do."""
+        stepper = self._stepper
+        if stepper.under_way:
+            raise ConfigError(f"{what}: a step is under way; call it between steps")
         problem: GradcompError | None = None
-        agreed: dict[str, str | int | bytes] = {"step": self._step}
+        agreed: dict[str, str | int | bytes] = {"step": stepper.step}
         try:
-            plan = self._make_plan(choose(compressor))
-            for most, allowed in zip(plan.message_bytes(), self._most_bytes, strict=True):
+            plan = self._planner.plan(named, choice())
+            longest, all_together = message_bounds(plan.message_bytes(), [tensor for _, tensor in named])
+            for most, allowed in ((longest, self._longest), (all_together, self._all_together)):
                 if most > allowed:
-                    raise ConfigError(f"set_compressor: a message could have {most} bytes; {allowed} were agreed on")
-            store = self._store.recut(
-                self._plan.named_pieces(), plan.named_pieces(), self._numels, self._tensors[0].device
+                    raise ConfigError(f"{what}: messages could have {most} bytes; {allowed} were agreed on")
+            numels = plan.numels
+            store = stepper.store.recut(
+                {key: piece for key, piece in stepper.plan.named_pieces().items() if key[0] in numels},
+                plan.named_pieces(),
+                numels,
+                stepper.tensors[0].device,
             )
             agreed |= plan.describe()
         except GradcompError as error:
             # The others must hear of it, or they would wait for this rank.
             problem = error
             agreed["compressor"] = f"refused on rank {self.rank}: {error}"[:1000]
-        replicas.check_agreed(self.transport, self._next_turn(), agreed, problem)
-        self._plan, self._store = plan, store
-        self._start_step()
+        replicas.check_agreed(self.transport, stepper.next_turn(), agreed, problem)
+        tensors = [tensor for _, tensor in named]
+        same = [id(tensor) for tensor in tensors] == [id(tensor) for tensor in stepper.tensors]
+        self._names = [name for name, _ in named]
+        stepper.use(plan, store, tensors, stepper.gradients if same else ParameterGradients(tensors))
 
-    def add_handle(self, handle: RemovableHandle) -> None:
-        """Keep a hook's handle, to be removed by :meth:`detach`."""
+    def add_handle(self, handle: Handle) -> None:
+        """Keep a hook's handle, or whatever else :meth:`detach` must remove."""
         self._handles.append(handle)
 
     def detach(self) -> None:
@@ -261,7 +329,7 @@ class GradientExchange:
         """Leave the other ranks. Bounded; may be called twice. A later exchange raises TransportError."""
         if not self._closed:
             self._closed = True
-            self._driver.stop()
+            self._stepper.stop()
             self.transport.close()
 
     def __enter__(self) -> GradientExchange:
@@ -274,111 +342,34 @@ class GradientExchange:
 
     # -- meeting -------------------------------------------------------------------------------------------------------
 
-    def _hello(self, bucket_bytes: int) -> dict[str, str | int | bytes]:
+    def _hello(self) -> dict[str, str | int | bytes]:
         return {
             "version": __version__,
             "wire": WIRE_VERSION,
             "world_size": self.world_size,
-            **self._plan.describe(),
+            **self._stepper.plan.describe(),
             "exchange": json.dumps(self.exchange_kind.config(), sort_keys=True),
             "reduction": self._reduction,
             "when": self._when,
-            "bucket_bytes": bucket_bytes,
+            "bucket_bytes": self._planner.bucket_bytes,
             "digest_every": self._digest_every,
+            "buffers": f"{self._buffer_policy.policy}:every={self._buffer_policy.every}",
         }
 
-    def _make_plan(self, compressor: Choice) -> Plan:
-        return Plan.make(
-            list(zip(self._names, self._tensors, strict=True)),
-            compressor,
-            dense=self._dense,
-            exchange=self.exchange_kind,
-            world_size=self.world_size,
-            bucket_bytes=self._bucket_bytes,
-        )
+    # -- inside --------------------------------------------------------------------------------------------------------
 
-    # -- one step ------------------------------------------------------------------------------------------------------
-
-    def _start_step(self) -> None:
-        self._waiting = {bucket.index: set(bucket.parameters) for bucket in self._plan.buckets}
-        self._works: list[BucketWork] = []
-        self._record = StepRecord()
-        self._in_backward = False
-
-    def _hook(self, position: int) -> Callable[[Tensor], None]:
-        def on_gradient(_: Tensor) -> None:
-            if self._syncing:
-                with self._abort_on_error(), self._lock:
-                    self._on_gradient(position)
-
-        return on_gradient
-
-    def _on_gradient(self, position: int) -> None:
-        if not self._in_backward:
-            self._in_backward = True
-            # Runs when this backward pass is over, whatever parameters it did not reach.
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-        waiting = self._waiting[self._plan.bucket_of[position].index]
-        if position not in waiting:
-            raise GradientError(
-                f"parameter {self._names[position]!r} got a second gradient before the first was exchanged; "
-                "was a backward pass interrupted?"
+    def _hook_up(self) -> None:
+        for handle in [handle for handle in self._handles if isinstance(handle, BackwardHooks)]:
+            handle.remove()
+            self._handles.remove(handle)
+        self.add_handle(
+            BackwardHooks(
+                self._stepper.tensors, active=lambda: self._syncing, ready=self.ready, finish=self._end_of_backward
             )
-        waiting.discard(position)
-        # Every rank submits every bucket in the same order, ready ones waiting for those before them.
-        while len(self._works) < len(self._plan.buckets) and not self._waiting[len(self._works)]:
-            self._submit(self._plan.buckets[len(self._works)])
+        )
 
     def _end_of_backward(self) -> None:
-        with self._abort_on_error():
-            self._finish()
-
-    def _finish(self) -> None:
-        for bucket in self._plan.buckets[len(self._works) :]:
-            self._submit(bucket)
-        with self._record.timed("wait_s"):
-            self._driver.drain()
-        nonfinite = any(work.nonfinite for work in self._works)
-        with torch.no_grad():
-            for work in self._works:
-                work.finish(commit=not nonfinite)
-        self._step += 1
-        self._next_turn()
-        self._ownership.end_step()
-        self._totals.add(self._record, gradient_bytes=self._plan.gradient_bytes, nonfinite=nonfinite)
-        self._start_step()
-        if self._digest_every and self._step % self._digest_every == 0:
-            self.check_replicas()
-
-    def check_replicas(self) -> None:
-        """Compare the parameters of all ranks; all must call it at the same step. Runs every ``digest_every`` steps.
-
-        Raises:
-            ReplicaMismatch: names the first parameter that differs.
-        """
-        replicas.check_equal(self.transport, self._next_turn(), self._step, self._names, self._tensors)
-
-    def _submit(self, bucket: Bucket) -> None:
-        for position in bucket.parameters:
-            check_gradient(self._names[position], self._tensors[position].grad)
-        if self._tensors[bucket.parameters[0]].is_cuda:
-            # The exchange thread reads on a stream of its own: what backward queued must have been computed.
-            torch.cuda.current_stream(self._tensors[bucket.parameters[0]].device).synchronize()
-        work = BucketWork(
-            bucket=bucket,
-            ownership=self._ownership,
-            pieces=self._plan.pieces[bucket.index],
-            table=self._plan.table,
-            tensors=self._tensors,
-            store=self._store,
-            transport=self.transport,
-            record=self._record,
-            step=self._turn,
-            scale=1.0 / self.world_size if self._reduction == "mean" else 1.0,
-            watch_dense=self._plan.has_state or self._store.holds_waiting,
-        )
-        self._works.append(work)
-        self._driver.submit(self.exchange_kind.run(work), self._record)
+        self.exchange()
 
     @contextmanager
     def _abort_on_error(self) -> Iterator[None]:
@@ -388,7 +379,3 @@ class GradientExchange:
         except BaseException:
             self.close()
             raise
-
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn

@@ -52,9 +52,16 @@ class Compressor(Configured, ABC):
 
     Attributes:
         stateless: encodes each element by itself and remembers nothing, so tensors may be joined and cut anywhere.
+        in_step: its state counts steps (int64), on all ranks alike: :meth:`pass_over` tells those without a gradient.
     """
 
     stateless: ClassVar[bool] = False
+    in_step: ClassVar[bool] = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether what ranks send may be added up on its way: then it has :meth:`rounds`."""
+        return False
 
     @property
     def conserves(self) -> bool:
@@ -123,6 +130,21 @@ class Compressor(Configured, ABC):
         if not packet.is_nonfinite:
             self.commit(grad, packet, state)
         return packet
+
+    def pass_over(self, state: State) -> None:
+        """As :meth:`commit`, on a rank that had no gradient where others had: on to the next step, if ``in_step``."""
+
+    def at(self, state: State) -> Compressor:
+        """What decodes all ranks' packets of the step that ``state`` is at; refuses others' where they can be told."""
+        return self
+
+    def rounds(self, grad: Tensor, state: State | None = None) -> Generator[Tensor, Tensor, tuple[Packet, Packet]]:
+        """As :meth:`LinearCompressor.rounds`, if ``linear``."""
+        raise TypeError(f"compressor {self.id!r} is not linear")
+
+    def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
+        """As :meth:`commit`, for what :meth:`rounds` returned."""
+        self.commit(grad, own, state)
 
     def aggregate(self, total: Tensor) -> None:
         """Make of ``total``, to which all ranks' packets were added, what counts as their sum; in place.
@@ -194,8 +216,13 @@ class Compressor(Configured, ABC):
 class LinearCompressor(Compressor):
     """A compressor whose payloads may be added up on their way, by all-reduces; a subclass writes :meth:`rounds`.
 
-    What ranks must share, such as a seed or a basis, comes from config, parameter and sums: those they have alike.
+    What ranks must share, such as a seed or a basis, comes from config, parameter, sums and the number of steps: those
+    they have alike.
     """
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     @abstractmethod
     def rounds(self, grad: Tensor, state: State | None = None) -> Generator[Tensor, Tensor, tuple[Packet, Packet]]:
@@ -213,10 +240,6 @@ class LinearCompressor(Compressor):
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
         """The rounds of a rank that is alone."""
         return alone(self.rounds(grad, state))[0]
-
-    def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
-        """As :meth:`commit`, for what :meth:`rounds` returned."""
-        self.commit(grad, own, state)
 
 
 class Work(ABC):

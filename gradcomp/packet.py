@@ -19,6 +19,7 @@ from gradcomp.indices import Coding
 from gradcomp.interfaces import Buffer
 from gradcomp.kernels import native
 from gradcomp.kinds import MAX_BLOCK, Kind, check, name_of
+from gradcomp.lanes import to_device, to_host
 
 __all__ = ["HEADER_NBYTES", "MAX_BLOCK", "Coding", "Kind", "Packet"]
 
@@ -218,7 +219,7 @@ class Packet:
         """Header and payload; a CPU payload is not copied, so it must not change until it is sent."""
         if not self.payload.numel():
             return [self.header()]
-        return [self.header(), self.payload.cpu().numpy().data]
+        return [self.header(), to_host(self.payload).numpy().data]
 
     def to_bytes(self) -> bytes:
         """The whole packet; :meth:`from_bytes` reads it back."""
@@ -280,7 +281,7 @@ class Packet:
         return Packet(
             kind=self.kind,
             numel=self.numel,
-            payload=self.payload.to(device),
+            payload=to_device(self.payload, device),
             count=self.count,
             coding=self.coding,
             bits=self.bits,

@@ -17,12 +17,16 @@ from torch import Tensor
 from gradcomp import handshake, replicas
 from gradcomp.bucket import Bucket, Parameter, Piece, Unit, plan_buckets, tensor_table
 from gradcomp.compressors.cast import NoCompression
+from gradcomp.errors import ConfigError
 from gradcomp.interfaces import Exchange
 from gradcomp.message import max_message_bytes
 from gradcomp.registry import format_spec
 from gradcomp.rules import Choice, Rules
 
-__all__ = ["Plan", "message_bounds"]
+__all__ = ["Plan", "Planner", "message_bounds"]
+
+# More than a parameter's share of a message's head and its packet's header.
+_HEADS_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,11 @@ class Plan:
         return 4 * sum(row.numel for row in self.table)
 
     @cached_property
+    def numels(self) -> dict[str, int]:
+        """The elements of every parameter, by name."""
+        return {row.name: row.numel for row in self.table}
+
+    @cached_property
     def specs(self) -> dict[str, str]:
         """Each parameter's compressor, as a spec string."""
         return {row.name: format_spec(row.codec) for row in self.table}
@@ -116,14 +125,53 @@ class Plan:
         return [max(pair) for pair in zip(self.message_bytes(), dense, strict=True)]
 
 
-def message_bounds(lengths: Sequence[int], tensors: Sequence[Tensor]) -> tuple[int, int]:
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Makes the plans of one exchange: what stays the same when parameters or compressor change.
+
+    Attributes:
+        exchange, world_size, bucket_bytes, dense: as for :meth:`Plan.make`.
+        accept: raises ConfigError for compressors that will not do.
+    """
+
+    exchange: Exchange
+    world_size: int
+    bucket_bytes: int
+    dense: Callable[[str, Tensor], bool]
+    accept: Callable[[Choice], None] | None
+
+    def plan(self, named: Sequence[tuple[str, Tensor]], compressor: Choice) -> Plan:
+        """The plan for these parameters.
+
+        Raises:
+            ConfigError: none, on several devices, of a strange type, or with a compressor that is not accepted.
+        """
+        if not named:
+            raise ConfigError("the optimizer has no parameters that require a gradient: there is nothing to exchange")
+        if len({tensor.device for _, tensor in named}) > 1:
+            raise ConfigError("parameters lie on several devices; one process exchanges the gradients of one device")
+        if self.accept is not None:
+            self.accept(compressor)
+        return Plan.make(
+            named,
+            compressor,
+            dense=self.dense,
+            exchange=self.exchange,
+            world_size=self.world_size,
+            bucket_bytes=self.bucket_bytes,
+        )
+
+
+def message_bounds(lengths: Sequence[int], tensors: Sequence[Tensor], later: Sequence[Tensor] = ()) -> tuple[int, int]:
     """The longest message there can be, and how much a rank can send another in a step or a broadcast, in bytes.
 
     Args:
         lengths: the longest message of each bucket.
         tensors: all that is broadcast.
+        later: parameters that may come to them, in messages of their own.
     """
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    sizes = [tensor.numel() * tensor.element_size() for tensor in (*tensors, *later)]
+    more = sum(4 * tensor.numel() + _HEADS_BYTES for tensor in later)
     # Broadcast chunks, averages and digests share the connection. What has no flat view is broadcast whole.
     others = max(replicas.BROADCAST_CHUNK_BYTES, 16 * len(sizes), *sizes)
-    return max(*lengths, others), max(2 * sum(lengths), sum(sizes)) + others
+    return max(*lengths, others) + more, max(2 * (sum(lengths) + more), sum(sizes)) + others

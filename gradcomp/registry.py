@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
@@ -33,6 +33,7 @@ __all__ = [
     "format_spec",
     "parse_spec",
     "transport",
+    "transport_type",
 ]
 
 T = TypeVar("T", bound=Configured)
@@ -110,6 +111,17 @@ def _available(group: str) -> list[str]:
     return sorted(_found(group))
 
 
+def _load(group: str, kind: type[T], name: str) -> type[T]:
+    point = _found(group).get(name)
+    if point is None:
+        known = ", ".join(_available(group)) or "none installed"
+        raise ConfigError(f"unknown {kind.__name__.lower()} {name!r}; available: {known}")
+    cls = point.load()
+    if not (isinstance(cls, type) and issubclass(cls, kind)):
+        raise ConfigError(f"{group}: {name!r} ({point.value}) is not a {kind.__name__}")
+    return cls
+
+
 def _build(group: str, kind: type[T], spec: Spec | T) -> T:
     if isinstance(spec, kind):
         return spec
@@ -125,14 +137,7 @@ def _build(group: str, kind: type[T], spec: Spec | T) -> T:
         raise ConfigError(
             f"{group}: {spec!r} is not a spec string, a config dict or a {kind.__name__}; got {type(spec).__name__}"
         )
-    point = _found(group).get(name)
-    if point is None:
-        known = ", ".join(_available(group)) or "none installed"
-        raise ConfigError(f"unknown {kind.__name__.lower()} {name!r}; available: {known}")
-    cls = point.load()
-    if not (isinstance(cls, type) and issubclass(cls, kind)):
-        raise ConfigError(f"{group}: {name!r} ({point.value}) is not a {kind.__name__}")
-    return cls.from_options(options)
+    return _load(group, kind, name).from_options(options)
 
 
 def compressor(spec: Spec | Compressor) -> Compressor:
@@ -160,6 +165,15 @@ def exchange(spec: Spec | Exchange) -> Exchange:
         ConfigError: as :func:`compressor`.
     """
     return _build("exchanges", Exchange, spec)  # type: ignore[type-abstract]
+
+
+def transport_type(name: str) -> Callable[..., Transport]:
+    """The class of a transport, for options that no config can hold, such as a process group.
+
+    Raises:
+        ConfigError: unknown id.
+    """
+    return _load("transports", Transport, name)  # type: ignore[type-abstract]
 
 
 def available_compressors() -> list[str]:

@@ -22,19 +22,23 @@ AVERAGE_BUCKET = 0xFFFF_FFFD
 AGREEMENT_BUCKET = 0xFFFF_FFFC
 
 
-def broadcast(transport: Transport, tensors: Sequence[Tensor]) -> None:
+def broadcast(transport: Transport, turn: int, tensors: Sequence[Tensor]) -> None:
     """Overwrite ``tensors`` on every rank by rank 0's, in place. Sends only digests where they are equal already.
 
     Rank 0 sends each other rank a part, and they pass the parts on: each link carries each byte about once.
+
+    Args:
+        turn: numbers the messages; no two broadcasts of a run share it.
 
     Raises:
         TransportError: as the transport's.
     """
     mine = _digest(tensors)
-    everyone = transport.all_gather(Slot(0, BROADCAST_BUCKET, 0), mine)
+    first = turn << 32
+    everyone = transport.all_gather(Slot(first, BROADCAST_BUCKET, 0), mine)
     if all(bytes(digest) == mine for digest in everyone):
         return
-    for number, chunk in enumerate(_chunks(tensors), start=1):
+    for number, chunk in enumerate(_chunks(tensors), start=first + 1):
         if transport.rank == 0:
             # A copy: the parameters change while it may still be on its way.
             _scatter(transport, number, bytes(_bytes_of(chunk)))

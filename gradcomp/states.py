@@ -48,6 +48,10 @@ class StateStore:
 
     def _fresh(self, key: tuple[str, str, str], piece: Piece, grad: Tensor) -> State:
         fresh = piece.codec.new_state(grad)
+        if piece.codec.in_step and key[2] == "sum":
+            # An owner that is new, to a run that is not: it counts the steps that all ranks have counted.
+            counted = self._states.get((*key[:2], "gradient"), {})
+            fresh |= {field: tensor.clone() for field, tensor in counted.items() if tensor.dtype == torch.int64}
         piece.codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
         return fresh
 
@@ -96,17 +100,19 @@ class StateStore:
 
         Args:
             before, after: the plans' pieces that have state.
-            numels: the elements of every parameter.
+            numels: the elements of every parameter; what others hold back is dropped.
             device: where the gradients lie.
 
         Raises:
             StateError: a residual that was loaded is not of its piece's size.
         """
         new = StateStore(self._rank)
-        loose = {name: waiting.to(device, copy=True) for name, waiting in self._waiting.items()}
+        loose = {name: held.to(device, copy=True) for name, held in self._waiting.items() if name in numels}
         for states, kept in ((self._loaded, new._loaded), (self._states, new._states)):
             for key, state in states.items():
                 name, span, role = key
+                if name not in numels:
+                    continue  # a parameter that is exchanged no more
                 if _same_piece(before.get(key[:2]), after.get(key[:2]), role):
                     kept[key] = state
                 elif "residual" in state:

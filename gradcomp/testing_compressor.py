@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradcomp.errors import PacketError
-from gradcomp.interfaces import Compressor, LinearCompressor, State
+from gradcomp.interfaces import Compressor, State
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 from gradcomp.rounds import Rounds
 
@@ -46,7 +46,7 @@ def check_compressor(compressor: Compressor, device: torch.device | str = "cpu")
             for position in (0, 500, 1002):
                 what = f"{compressor!r}, {dtype}, {value} at {position}"
                 _run(_check_nonfinite, what, compressor, dtype, where, value, position)
-    if isinstance(compressor, LinearCompressor):
+    if compressor.linear:
         for shape in _SHAPES:
             what = f"{compressor!r}, sums, shape {shape}"
             _run(_check_rounds, what, compressor, [_noise(shape, torch.float32, where, rank) for rank in range(3)])
@@ -144,6 +144,13 @@ def _check_steps(compressor: Compressor, grads: list[Tensor]) -> None:
         memory = commit()
         _require(_same_state(third, other), "what prepare() commits is what commit() does")
         _require(memory is None or memory.numel() == grad.numel(), "a commit returns as much memory, or None")
+        same = _same(compressor.at(state).decompress(packet), compressor.decompress(packet))
+        _require(same, "at() decodes the step's packet as decompress() does")
+        fourth = _copy(state)
+        compressor.pass_over(fourth)
+        _require(fourth.keys() == state.keys(), "pass_over() keeps the state's fields")
+        if "residual" in state:
+            _require(_same(fourth["residual"], state["residual"]), "pass_over() leaves the residual as it is")
         compressor.commit(grad, packet, state)
         _require(_same(grad, grad_before), "commit() leaves the gradient as it is")
         _require(_same_state(state, other), "compress() is encode() and commit()")
@@ -202,7 +209,7 @@ def _check_nonfinite(
     _require(not bool(compressor.decompress(compressor.encode(grad)).isfinite().all()), "also in one shot")
 
 
-def _check_rounds(compressor: LinearCompressor, grads: list[Tensor]) -> None:
+def _check_rounds(compressor: Compressor, grads: list[Tensor]) -> None:
     states = [compressor.new_state(grad) for grad in grads]
     for rank, state in enumerate(states):
         compressor.seed_state(state, parameter="weight", rank=rank)
@@ -235,7 +242,7 @@ def _check_rounds(compressor: LinearCompressor, grads: list[Tensor]) -> None:
             )
 
 
-def _add_up(compressor: LinearCompressor, grads: list[Tensor], states: list[State]) -> list[tuple[Packet, Packet]]:
+def _add_up(compressor: Compressor, grads: list[Tensor], states: list[State]) -> list[tuple[Packet, Packet]]:
     """Rounds of several ranks, in step with each other."""
     ranks = [compressor.rounds(grad, state) for grad, state in zip(grads, states, strict=True)]
     most = compressor.max_nbytes(grads[0].numel()) - HEADER_NBYTES

@@ -9,6 +9,7 @@ come.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from gradcomp import kernels
 from gradcomp.bucket import Bucket, Parameter, Piece
 from gradcomp.errors import GradientError
-from gradcomp.interfaces import MY_TURN, Buffer, Commit, Incoming, LinearCompressor, Slot, Transport, Work
+from gradcomp.gradients import Gradients
+from gradcomp.interfaces import MY_TURN, Buffer, Commit, Compressor, Incoming, Slot, State, Transport, Work
 from gradcomp.message import Head, Message
-from gradcomp.ownership import Ownership
 from gradcomp.packet import Packet
 from gradcomp.rounds import Rounds, join
 from gradcomp.states import StateStore
@@ -32,8 +33,10 @@ class BucketWork(Work):
     """See :class:`gradcomp.interfaces.Work`. Made anew for each bucket and step.
 
     Args:
+        gradients: where they lie; says which one's memory may become a residual, and be exchanged for the residual's.
         scale: what sums are multiplied by: 1, or 1 / world_size for the mean.
-        ownership: says which gradients' memory may become a residual, and be exchanged for the residual's.
+        loss_scale: what gradients are multiples of (torch.amp.GradScaler's). Compressors with state see them divided
+            by it, or a threshold would mean nothing and a residual would change its unit.
         watch_dense: look for non-finite sums in stateless pieces too, for the sake of other pieces' residuals.
     """
 
@@ -43,14 +46,15 @@ class BucketWork(Work):
         bucket: Bucket,
         pieces: Sequence[Piece],
         table: Sequence[Parameter],
-        tensors: Sequence[Tensor],
+        gradients: Gradients,
+        device: torch.device,
         store: StateStore,
         transport: Transport,
         record: StepRecord,
         step: int,
         scale: float,
+        loss_scale: float,
         watch_dense: bool,
-        ownership: Ownership,
     ) -> None:
         self.rank = transport.rank
         self.world_size = transport.world_size
@@ -58,16 +62,16 @@ class BucketWork(Work):
         self.nonfinite = False
         self._bucket = bucket
         self._table = table
-        self._tensors = tensors
+        self._gradients = gradients
         self._store = store
         self._transport = transport
         self._record = record
         self._step = step
         self._scale = scale
+        self._loss_scale = loss_scale
         self._watch_dense = watch_dense
-        self._ownership = ownership
-        self._device = tensors[bucket.parameters[0]].device
-        self._present = tuple(tensors[p].grad is not None for p in bucket.parameters)
+        self._device = device
+        self._present = tuple(gradients.get(p) is not None for p in bucket.parameters)
         self._joined: dict[int, Tensor] = {}
         self._waited: list[str] = []
         self._outs: dict[int, Tensor] = {}
@@ -100,6 +104,7 @@ class BucketWork(Work):
         with self._record.timed("decompress_s"):
             for i, piece in enumerate(pieces):
                 self._deliver(piece, [message.packets[i] for message in messages], present)
+                self._keep_in_step(piece, present)
 
     def rounds(self, pieces: Sequence[Piece]) -> Generator[Tensor, Tensor, None]:
         """Rounds of all pieces as one, and then what :meth:`deliver` does, with the packets of the sums."""
@@ -205,26 +210,27 @@ class BucketWork(Work):
         name = self._name(piece)
         state = self._store.get(name, piece, "gradient", grad)
         position = self._bucket.units[piece.unit].parameters[0]
-        if grad is whole and piece.unit not in self._joined and self._ownership.may_use_up(position):
+        ours = piece.unit in self._joined and self._device.type == "cpu"
+        if grad is whole and (ours or self._gradients.may_use_up(position)):
             packet, commit = piece.codec.prepare(grad, state)
-            self._commits.append(partial(self._commit_and_exchange, piece.unit, commit))
+            self._commits.append(partial(self._commit_and_exchange, piece.unit, commit, ours))
         else:
             packet = piece.codec.encode(grad, state)
             self._commits.append(partial(piece.codec.commit, grad, packet, state))
         self._note(piece, piece.codec.stats(packet, state))
         return packet
 
-    def _commit_and_exchange(self, index: int, commit: Commit) -> None:
+    def _commit_and_exchange(self, index: int, commit: Commit, ours: bool) -> None:
+        """The residual is where the gradient was; its old memory becomes the gradient's, unless that is kept anyway."""
         memory = commit()
         if memory is not None:
             self._outs[index] = memory
-            self._exchanged.add(index)
+            if not ours:
+                self._exchanged.add(index)
 
     def _rounds(self, piece: Piece) -> Rounds[tuple[Packet, Callable[[], None] | None]]:
         """One piece's part of :meth:`rounds`: the packet of the sum, and what commits it."""
         codec = piece.codec
-        if not isinstance(codec, LinearCompressor):
-            raise TypeError(f"compressor {codec.id!r} is not linear")
         grad = self._gradient(piece.unit)
         if grad is None:
             # Others may have one: it adds its residual, and its state must not fall behind theirs.
@@ -253,7 +259,23 @@ class BucketWork(Work):
             self._apply(piece, packets, present)
         else:
             self.nonfinite |= any(packet is not None and packet.is_nonfinite for packet in packets)
+            if any(packet is not None for packet in packets):
+                piece = replace(piece, codec=self._decoder(piece))
             self._held.append((piece, packets, present))
+
+    def _keep_in_step(self, piece: Piece, present: set[int]) -> None:
+        """A rank without a gradient goes on to the next step with those that have one."""
+        position = self._bucket.units[piece.unit].parameters[0]
+        if piece.codec.in_step and position in present and self._gradients.get(position) is None:
+            self._commits.append(partial(piece.codec.pass_over, self._state(piece)))
+
+    def _state(self, piece: Piece) -> State:
+        like = torch.empty(piece.shape, dtype=torch.float32, device=self._device)
+        return self._store.get(self._name(piece), piece, "gradient", like)
+
+    def _decoder(self, piece: Piece) -> Compressor:
+        """What decodes all ranks' packets of this step, which is not committed yet."""
+        return piece.codec.at(self._state(piece)) if piece.codec.in_step else piece.codec
 
     def _reduce(self, piece: Piece, packets: Sequence[Packet | None]) -> Packet | None:
         given = [packet for packet in packets if packet is not None]
@@ -263,9 +285,10 @@ class BucketWork(Work):
         if broken is not None:
             return broken
         total = torch.zeros(piece.numel, dtype=torch.float32, device=self._device)
+        codec = self._decoder(piece)
         for packet in given:
-            piece.codec.decompress_add(packet, total)
-        piece.codec.aggregate(total)
+            codec.decompress_add(packet, total)
+        codec.aggregate(total)
         total = total.view(piece.shape)
         if piece.codec.stateless:
             return piece.codec.encode(total)
@@ -280,9 +303,11 @@ class BucketWork(Work):
             return
         part = out[piece.start : piece.stop]
         kernels.clear(part)
+        plain = self._bucket.units[piece.unit].codec.stateless
+        scale = self._scale if plain else self._scale * self._loss_scale
         for packet in packets:
             if packet is not None:
-                piece.codec.decompress_add(packet, part, self._scale)
+                piece.codec.decompress_add(packet, part, scale)
         if not any(packet is not None and packet.is_nonfinite for packet in packets):
             piece.codec.aggregate(part)
         if self._watch_dense and piece.codec.stateless and not kernels.all_finite(part):
@@ -294,12 +319,13 @@ class BucketWork(Work):
     def _gradient(self, index: int) -> Tensor | None:
         """A unit's gradient and what waits to go with it, contiguous and unit-shaped; None if it has no gradient."""
         unit = self._bucket.units[index]
-        waiting = [self._store.waiting(self._table[p].name) for p in unit.parameters]
-        if len(unit.parameters) == 1 and waiting[0] is None:
-            grad = self._tensors[unit.parameters[0]].grad
-            return None if grad is None else grad.detach().contiguous()
         if index not in self._joined:
-            grads = [self._tensors[p].grad for p in unit.parameters]
+            waiting = [self._store.waiting(self._table[p].name) for p in unit.parameters]
+            scaled = self._loss_scale != 1.0 and not unit.codec.stateless
+            if len(unit.parameters) == 1 and waiting[0] is None and not scaled:
+                grad = self._gradients.get(unit.parameters[0])
+                return None if grad is None else grad.detach().contiguous()
+            grads = [self._gradients.get(p) for p in unit.parameters]
             if all(grad is None for grad in grads):
                 return None
             flat = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
@@ -309,6 +335,8 @@ class BucketWork(Work):
                     part.zero_()
                     continue
                 part.copy_(grad.detach().reshape(-1))
+                if scaled:
+                    part /= self._loss_scale
                 if held is not None:
                     part += held.to(self._device)
                     self._waited.append(self._table[p].name)
@@ -316,12 +344,12 @@ class BucketWork(Work):
         return self._joined[index].view(unit.shape)
 
     def _out(self, index: int, present: set[int]) -> Tensor | None:
-        """Where a unit's sum is built, flat float32: ``p.grad`` itself where it can be."""
+        """Where a unit's sum is built, flat float32: where the gradient lies if it can be."""
         if index not in self._outs:
             unit = self._bucket.units[index]
             if present.isdisjoint(unit.parameters):
                 return None
-            grad = self._tensors[unit.parameters[0]].grad if len(unit.parameters) == 1 else None
+            grad = self._gradients.get(unit.parameters[0]) if len(unit.parameters) == 1 else None
             if grad is not None and grad.dtype == torch.float32 and grad.is_contiguous():
                 self._outs[index] = grad.detach().view(-1)
             else:
@@ -332,15 +360,13 @@ class BucketWork(Work):
         unit = self._bucket.units[index]
         parts = torch.split(out, [self._table[p].numel for p in unit.parameters])
         for position, part in zip(unit.parameters, parts, strict=True):
-            tensor = self._tensors[position]
             if position not in present:
                 continue  # no rank had a gradient: the optimizer must not see one
-            if tensor.grad is None:
-                tensor.grad = torch.empty_like(tensor)
+            grad = self._gradients.get_or_make(position)
             if index in self._exchanged:
-                tensor.grad = part.view(tensor.shape)
-            elif part.data_ptr() != tensor.grad.data_ptr():
-                tensor.grad.detach().copy_(part.view(tensor.shape))
+                self._gradients.replace(position, part)
+            elif part.data_ptr() != grad.data_ptr():
+                grad.detach().copy_(part.view(grad.shape))
         del self._outs[index]
 
     def _name(self, piece: Piece) -> str:

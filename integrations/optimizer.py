@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import LBFGS, Optimizer
 
 from gradcomp import registry
+from gradcomp.buffers import BufferPolicy
 from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
+from gradcomp.integrations.closures import check_line_search, refuse_closure, share_loss
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
@@ -29,13 +33,16 @@ def attach(
     bucket_bytes: int = 25 << 20,
     digest_every: int = 100,
     dense: Callable[[str, Tensor], bool] | None = None,
+    scaler: GradScaler | None = None,
+    buffers: str = "alone",
 ) -> GradientExchange:
     """Exchange the gradients of all of an optimizer's parameters between ranks; the training loop stays as it is.
 
     Call it on every rank, after the optimizer is made. Parameters (and the model's buffers) start as rank 0's.
 
     Args:
-        optimizer: any ``torch.optim`` optimizer with dense float32, float16 or bfloat16 parameters.
+        optimizer: any ``torch.optim`` optimizer with dense float32, float16 or bfloat16 parameters. ``LBFGS`` goes with
+            ``none``, ``fp16``, ``bf16`` and linear compressors; what its closure returns becomes the same on all ranks.
         compressor: a spec string, config dict or Compressor; ``gradcomp.available_compressors()`` lists them. Or
             :class:`gradcomp.Rules` for each parameter's, their config, or ``"@FILE"``, a JSON file that holds it.
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
@@ -45,12 +52,17 @@ def attach(
         reduction: ``"mean"`` or ``"sum"`` over ranks.
         when: ``"backward"``: the exchange starts as gradients become ready and is over when ``backward()`` returns, so
             clipping, schedulers and logging see what they would see with DistributedDataParallel; ``"step"``: it
-            runs before each ``optimizer.step()``.
+            runs before each ``optimizer.step()``, which then takes no closure.
         bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32. Smaller ones start
             earlier, larger ones cost fewer messages.
         digest_every: every so many steps all replicas are compared bit for bit; 0 never.
         dense: ``dense(name, parameter)`` is true for parameters that go uncompressed; default
             ``gradcomp.DenseRule()``: fewer than 2 dimensions or than 1024 elements. Not asked about what a rule names.
+        scaler: the ``torch.amp.GradScaler`` that scales the loss, if one does: its scale is divided out before
+            compression and multiplied back, so that thresholds and residuals are in units of the gradient.
+        buffers: what becomes of the model's buffers (BatchNorm's running statistics) after each step: ``"alone"``,
+            each rank keeps its own; ``"broadcast"``, rank 0's, as with DistributedDataParallel; ``"average"``, the mean
+            over ranks; the last two also every so many steps, ``"average:every=10"``.
 
     Returns:
         The :class:`gradcomp.GradientExchange`: ``no_sync()``, ``stats()``, ``state_dict()``, ``detach()``, ``close()``.
@@ -60,34 +72,77 @@ def attach(
         HandshakeError: the ranks do not agree; names the field.
         TransportTimeout, PeerLost: a rank did not come, or left.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if scaler is not None and when == "step":
+        raise ConfigError(
+            "attach: when='step' is not allowed with a scaler: where a rank sees Inf, GradScaler skips the step and "
+            "its hooks with it, and the others would wait for that rank; use when='backward'"
+        )
+    policy = BufferPolicy.of(buffers)
+    if policy.policy != "alone" and model is None:
+        raise ConfigError(f"attach: buffers={buffers!r} needs model=, whose buffers are meant")
+    others = _others(model, optimizer)
+    line_search = isinstance(optimizer, LBFGS)
+    if line_search and when == "step":
+        raise ConfigError(
+            'attach: when="step" is not allowed with LBFGS, which computes gradients anew within a step; '
+            'when must be "backward"'
+        )
     sync = GradientExchange(
-        _named(optimizer, model, parameters),
+        _named(optimizer, model),
         compressor=choose(compressor),
         transport=registry.transport(transport),
         exchange=registry.exchange(exchange),
-        buffers=_others(model, parameters),
+        buffers=others,
+        synced=[] if model is None else list(model.buffers()),
+        buffer_policy=policy,
+        later=[p for p in others if isinstance(p, nn.Parameter)],
         reduction=reduction,
         when=when,
         bucket_bytes=bucket_bytes,
         digest_every=digest_every,
         dense=dense,
+        loss_scale=None if scaler is None else scaler.get_scale,
+        accept=check_line_search if line_search else None,
     )
+    if line_search:
+        sync.add_handle(optimizer.register_step_pre_hook(share_loss(sync, reduction)))
+
+    def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_closure(args, kwargs)
+        sync.exchange()
+
     if when == "step":
-        sync.add_handle(optimizer.register_step_pre_hook(lambda *_: sync.exchange()))
+        sync.add_handle(optimizer.register_step_pre_hook(before_step))
+    sync.add_handle(_FollowGroups(optimizer, lambda: sync.set_parameters(_named(optimizer, model))))
     return sync
 
 
-def _named(optimizer: Optimizer, model: nn.Module | None, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
+class _FollowGroups:
+    """Calls back after each ``optimizer.add_param_group``, until it is removed: torch has no hook for that."""
+
+    def __init__(self, optimizer: Optimizer, changed: Callable[[], None]) -> None:
+        self._optimizer = optimizer
+        original = optimizer.add_param_group
+
+        def add_param_group(param_group: dict[str, Any]) -> None:
+            original(param_group)
+            changed()
+
+        optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the optimizer its own method back."""
+        vars(self._optimizer).pop("add_param_group", None)
+
+
+def _named(optimizer: Optimizer, model: nn.Module | None) -> list[tuple[str, Tensor]]:
     """Names and parameters; the model's order of registration where there is a model, else the optimizer's."""
+    groups = [[p for p in group["params"] if p.is_floating_point()] for group in optimizer.param_groups]
+    if not any(p.requires_grad for group in groups for p in group):
+        raise ConfigError("the optimizer has no parameters that require a gradient: there is nothing to exchange")
     if model is None:
-        return [
-            (f"group{g}.{i}", p)
-            for g, group in enumerate(optimizer.param_groups)
-            for i, p in enumerate(group["params"])
-            if p.requires_grad
-        ]
-    wanted = {id(p) for p in parameters}
+        return [(f"group{g}.{i}", p) for g, group in enumerate(groups) for i, p in enumerate(group)]
+    wanted = {id(p) for group in groups for p in group}
     named: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
     if len(named) != len(wanted):
         raise ConfigError(
@@ -97,9 +152,9 @@ def _named(optimizer: Optimizer, model: nn.Module | None, parameters: list[Tenso
     return named
 
 
-def _others(model: nn.Module | None, parameters: list[Tensor]) -> list[Tensor]:
+def _others(model: nn.Module | None, optimizer: Optimizer) -> list[Tensor]:
     """What else must start equal: buffers, and parameters the optimizer does not train."""
     if model is None:
         return []
-    trained = {id(p) for p in parameters}
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [*(p for p in model.parameters() if id(p) not in trained), *model.buffers()]

@@ -17,8 +17,20 @@ def noise(numel: int, seed: int) -> torch.Tensor:
 
 def test_the_defaults_are_deeplearning4js() -> None:
     c = Adaptive()
-    assert (c.tau, c.min_density, c.max_density, c.clip, c.clip_every) == (1e-4, 1e-4, 1e-2, 0.0, 5)
+    assert (c.min_density, c.max_density, c.clip, c.clip_every) == (1e-4, 1e-2, 0.0, 5)
     assert c.decay**20 == pytest.approx(0.5)
+
+
+def test_the_first_threshold_is_taken_from_the_first_gradient_that_is_not_zero() -> None:
+    c = Adaptive(max_density=0.05)
+    state = c.new_state(torch.zeros(20_000))
+    for _ in range(2):
+        assert c.compress(torch.zeros(20_000), state).count == 0
+    grad = 1e-7 * noise(20_000, 0)
+    packet = c.compress(grad, state)
+    assert 0.02 < packet.count / 20_000 < 0.08
+    assert float(state["tau"]) in (packet.scalar, pytest.approx(packet.scalar / c.decay))
+    assert c.compress(grad).scalar == pytest.approx(packet.scalar)
 
 
 def test_the_threshold_follows_the_share_sent() -> None:

@@ -116,8 +116,8 @@ def test_memory_is_exchanged_and_not_shared() -> None:
                 optimizer.zero_grad()
                 net(torch.randn(4, 8)).square().sum().backward()
                 assert weight.grad is not None
-                [[roles]] = [spans.values() for spans in sync._store.save().values()]
-                residual = sync._store._states[next(iter(sync._store._states))]["residual"]
+                [[roles]] = [spans.values() for spans in sync._stepper.store.save().values()]
+                residual = sync._stepper.store._states[next(iter(sync._stepper.store._states))]["residual"]
                 assert residual.data_ptr() != weight.grad.data_ptr()
                 before = residual.clone()
                 weight.grad.fill_(7.0)  # whatever is done to the gradient, the residual does not hear of it

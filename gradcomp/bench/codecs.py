@@ -37,6 +37,7 @@ class Row:
     Attributes:
         encode_passes, decode_passes: medians, in passes of ``r.add_(g)`` of the same run.
         pass_ms: median time of those passes, in milliseconds.
+        copy_ms: median time of copying the gradient, on the device it is on, in milliseconds.
         bytes_per_element: of the packet, its header included.
         ratio: bytes of the gradient as float32, for each byte sent.
         index_bits: bits spent on each position (and sign) of a sparse packet; entropy_bits: the least there can be for
@@ -49,6 +50,7 @@ class Row:
     encode_passes: float
     decode_passes: float
     pass_ms: float
+    copy_ms: float
     bytes_per_element: float
     ratio: float
     index_bits: float | None
@@ -57,7 +59,9 @@ class Row:
 
 
 def measure(spec: str, rows: Tensor, repeats: int) -> Row:
-    """Measure one compressor on gradients of several steps, float32 [steps, numel].
+    """Measure one compressor on gradients of several steps, float32 [steps, numel], where they lie.
+
+    On CUDA packets stay there: decoding is checking and adding them, without the way through host memory.
 
     Raises:
         ConfigError: an unknown compressor or option.
@@ -70,7 +74,8 @@ def measure(spec: str, rows: Tensor, repeats: int) -> Row:
     compressor.seed_state(state, parameter="weight", rank=0)
     for grad in grads:  # thresholds find their level
         packet = compressor.compress(grad, state)
-    out, one, other = torch.zeros(numel), torch.zeros(numel), grads[0].view(-1)
+    out, one, other = torch.zeros_like(rows[0]), torch.zeros_like(rows[0]), grads[0].view(-1)
+    on_device = rows.device.type != "cpu"
     turn = 0
 
     def encode() -> None:
@@ -79,12 +84,20 @@ def measure(spec: str, rows: Tensor, repeats: int) -> Row:
         packet = compressor.compress(grads[turn % len(grads)], state)
 
     def decode() -> None:
-        compressor.decompress_add(Packet.from_bytes(data, numel=numel), out)
+        if on_device:
+            received = Packet.from_parts(packet.header(), packet.payload, numel=numel)
+        else:
+            received = Packet.from_bytes(data, numel=numel)
+        compressor.decompress_add(received, out)
 
     def one_pass() -> None:
         one.add_(other)
 
+    def one_copy() -> None:
+        one.copy_(other)
+
     encode_passes, pass_ms = _in_passes(encode, one_pass, repeats)
+    copies, _ = _in_passes(one_copy, one_pass, repeats)
     data = bytearray(packet.to_bytes())
     decode_passes, _ = _in_passes(decode, one_pass, repeats)
     index_bits, entropy_bits = _index_bits(packet)
@@ -94,6 +107,7 @@ def measure(spec: str, rows: Tensor, repeats: int) -> Row:
         encode_passes=encode_passes,
         decode_passes=decode_passes,
         pass_ms=pass_ms,
+        copy_ms=copies * pass_ms,
         bytes_per_element=packet.nbytes / numel,
         ratio=4 * numel / packet.nbytes,
         index_bits=index_bits,
@@ -127,10 +141,17 @@ def _in_passes(call: Callable[[], None], one_pass: Callable[[], None], repeats: 
 
 
 def _seconds(f: Callable[[], None], inner: int) -> float:
+    _wait_for_device()
     start = time.perf_counter()
     for _ in range(inner):
         f()
+    _wait_for_device()
     return (time.perf_counter() - start) / inner
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def _index_bits(packet: Packet) -> tuple[float | None, float | None]:
@@ -240,12 +261,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="for the task")
     parser.add_argument("--save", metavar="FILE", help="save the task's gradients (.npy) for --gradients")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--png", metavar="FILE", help="draw ratio against passes")
     options = parser.parse_args(argv)
     if options.repeats < 1 or options.threads < 1:
         raise ConfigError(f"--repeats={options.repeats} and --threads={options.threads} must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda is not allowed: this machine has no CUDA device that torch can use")
     torch.set_num_threads(options.threads)
     source, found = "noise", None
     if options.task:
@@ -260,13 +284,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for numel in options.sizes:
         steps = gradients.draw(numel) if found is None else gradients.stretch(found, numel)
+        steps = steps.to(options.device)
         for spec in specs:
             print(f"{spec}, {numel:,} elements", file=sys.stderr)
             rows.append(measure(spec, steps, options.repeats))
-    level = native.LEVEL if native.enabled() else "torch"
+    level = native.LEVEL if native.enabled() and options.device == "cpu" else "torch"
     if options.json:
         result = {
             "threads": options.threads,
+            "device": options.device,
             "kernels": level,
             "gradients": source,
             "rows": [asdict(row) for row in rows],

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradcomp
 from gradcomp.examples.tasks.cifar10 import vgg11
 
-__all__ = ["main"]
+__all__ = ["MODELS", "main", "step"]
 
 
 def dense_heavy() -> nn.Module:
@@ -72,21 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         digest_every=0,
     ) as sync:
         kinds: dict[str, Callable[[], None]] = {
-            "compute": lambda: _step(model, optimizer, inputs, targets, sync.no_sync()),
-            "gradcomp": lambda: _step(model, optimizer, inputs, targets, nullcontext()),
+            "compute": lambda: step(model, optimizer, inputs, targets, sync.no_sync()),
+            "gradcomp": lambda: step(model, optimizer, inputs, targets, nullcontext()),
         }
         if options.beside_ddp:
             dist.init_process_group("gloo")
             other = DistributedDataParallel(MODELS[options.model]())
             other_optimizer = torch.optim.SGD(other.parameters(), lr=0.01)
-            kinds["ddp"] = lambda: _step(other, other_optimizer, inputs, targets, nullcontext())
+            kinds["ddp"] = lambda: step(other, other_optimizer, inputs, targets, nullcontext())
         times: dict[str, list[float]] = {kind: [] for kind in kinds}
         stages: list[dict[str, float]] = []
         for round_number in range(options.warm_up + options.steps):
-            for kind, step in kinds.items():
+            for kind, run in kinds.items():
                 sync.average(torch.zeros(1))  # all ranks start the step together
                 start = time.perf_counter()
-                step()
+                run()
                 if round_number >= options.warm_up:
                     times[kind].append(time.perf_counter() - start)
             if round_number >= options.warm_up:
@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 _STAGES = ("compress_ms", "wait_ms", "decompress_ms", "hidden_fraction", "density")
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, context: object) -> None:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, context: object) -> None:
+    """One step of training, forward and backward within ``context``."""
     with context:  # type: ignore[attr-defined]
         nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
     optimizer.step()

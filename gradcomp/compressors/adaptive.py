@@ -34,18 +34,21 @@ from gradcomp.residual import clip_residual
 __all__ = ["AdaptiveThreshold"]
 
 _FLOAT32 = torch.finfo(torch.float32)
+_ANY = Threshold(tau=1.0)  # packets say themselves what their threshold was
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveThreshold(Compressor):
     """Send what passes a threshold that adapts to the share sent, as Deeplearning4j does.
 
-    State: ``residual`` (float32, flat), ``tau`` (float32, 0-dim, on the CPU); with clipping also ``step`` (int64,
-    0-dim, on the CPU). The defaults are Deeplearning4j's, but for clipping, which it does by 5 every 5 steps; it
-    compresses updates, which are smaller than gradients.
+    State: ``residual`` (float32, flat), ``tau`` (float32, 0-dim, on the CPU; NaN until known); with clipping also
+    ``step`` (int64, 0-dim, on the CPU). The defaults are Deeplearning4j's, but for two things. It clips by 5 every 5
+    steps. And it begins with 1e-4, which suits the updates it compresses; gradients are larger, and until a threshold
+    that is too small has grown, which takes 20 steps a doubling, little is sent of each element although many pass.
 
     Attributes:
-        tau: the first threshold, in units of the gradient. Too small: much traffic at first.
+        tau: the first threshold, in units of the gradient; None: the one that ``max_density`` of the first gradient
+            passes. Too small: much traffic and slow training at first.
         min_density: a smaller share of elements sent lowers the threshold.
         max_density: a larger share raises it.
         decay: the factor by which it moves at a step; the default doubles or halves it in 20 steps.
@@ -54,7 +57,7 @@ class AdaptiveThreshold(Compressor):
     """
 
     id: ClassVar[str] = "adaptive"
-    tau: float = 1e-4
+    tau: float | None = None
     min_density: float = 1e-4
     max_density: float = 1e-2
     decay: float = 0.5 ** (1 / 20)
@@ -62,7 +65,9 @@ class AdaptiveThreshold(Compressor):
     clip_every: int = 5
 
     def __post_init__(self) -> None:
-        check_number("adaptive", "tau", self.tau, at_least=_FLOAT32.tiny, at_most=_FLOAT32.max)
+        if self.tau is not None:
+            check_number("adaptive", "tau", self.tau, at_least=_FLOAT32.tiny, at_most=_FLOAT32.max)
+            object.__setattr__(self, "tau", float(self.tau))
         check_number("adaptive", "min_density", self.min_density, above=0.0, at_most=1.0)
         check_number("adaptive", "max_density", self.max_density, above=0.0, at_most=1.0)
         if self.min_density > self.max_density:
@@ -77,7 +82,7 @@ class AdaptiveThreshold(Compressor):
         if 0.0 < self.clip < 1.0:
             raise ConfigError(f"adaptive: clip={self.clip!r} is not allowed; clip must be 0 or >= 1")
         check_integer("adaptive", "clip_every", self.clip_every, at_least=1)
-        for field in ("tau", "min_density", "max_density", "decay", "clip"):
+        for field in ("min_density", "max_density", "decay", "clip"):
             object.__setattr__(self, field, float(getattr(self, field)))
 
     @property
@@ -85,29 +90,33 @@ class AdaptiveThreshold(Compressor):
         return not self.clip
 
     def new_state(self, grad: Tensor) -> State:
-        state = super().new_state(grad) | {"tau": torch.tensor(self.tau, dtype=torch.float32)}
+        tau = math.nan if self.tau is None else self.tau
+        state = super().new_state(grad) | {"tau": torch.tensor(tau, dtype=torch.float32)}
         if self.clip:
             state["step"] = torch.zeros((), dtype=torch.int64)
         return state
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        return self._fixed(state).encode(grad, state)
+        return self._now(state).encode(grad, state)
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
-        self._fixed(None).decode_add(packet, out, scale)
+        _ANY.decode_add(packet, out, scale)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
-        self._fixed(state).commit(grad, packet, state)
+        super().commit(grad, packet, state)
         self._learn(packet, state)
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
-        packet = self._fixed(state).encode_in_place(grad, state)
+        now = self._now(state)
+        if now.tau is None:
+            return super().encode_in_place(grad, state)
+        packet = now.encode_in_place(grad, state)
         if not packet.is_nonfinite:
             self._learn(packet, state)
         return packet
 
     def max_nbytes(self, numel: int) -> int:
-        return self._fixed(None).max_nbytes(numel)
+        return _ANY.max_nbytes(numel)
 
     def typical_nbytes(self, numel: int) -> int:
         # Falling gradients are followed from above and growing ones from below: expect the middle.
@@ -116,17 +125,22 @@ class AdaptiveThreshold(Compressor):
 
     def stats(self, packet: Packet, state: State | None = None) -> dict[str, float]:
         """``tau``: the threshold of this packet; ``density``: the share of elements that passed it."""
-        return self._fixed(None).stats(packet)
+        return _ANY.stats(packet)
 
-    def _fixed(self, state: State | None) -> Threshold:
-        return Threshold(tau=self.tau if state is None else float(state["tau"]))
+    def _now(self, state: State | None) -> Threshold:
+        """What compresses at this step: with the threshold there is, or one found in the gradient."""
+        tau = (self.tau or math.nan) if state is None else float(state["tau"])
+        return Threshold(tau=tau) if tau > 0.0 else Threshold(density=self.max_density)
 
     def _learn(self, packet: Packet, state: State) -> None:
+        tau = packet.scalar
         density = packet.count / max(packet.numel, 1)
-        if density < self.min_density:
-            state["tau"].fill_(max(packet.scalar * self.decay, _FLOAT32.tiny))
-        elif density > self.max_density:
-            state["tau"].fill_(min(packet.scalar / self.decay, _FLOAT32.max))
+        if tau and density < self.min_density:
+            tau *= self.decay
+        elif tau and density > self.max_density:
+            tau = min(tau / self.decay, _FLOAT32.max)
+        # Zero for a gradient of zeros: nothing to go by yet.
+        state["tau"].fill_(max(tau, _FLOAT32.tiny) if tau else math.nan)
         if self.clip:
             step = int(state["step"])
             if step and step % self.clip_every == 0:

@@ -18,6 +18,10 @@ and grows. Q is scaled to unit columns before it is used again, so that P does n
 Where ``r (m + n)`` floats are not fewer than ``m n``, vectors among them, the matrix itself is sent: DENSE_F32. One
 whose products overflow float32 is treated as one that is not finite.
 
+For the first ``dense_steps`` steps the matrix itself is sent, too, in one round, and nothing is kept: early gradients
+change too fast to be followed by factors (the paper's code warms up like that, and ``start_powerSGD_iter`` of torch's
+hook is the same). Steps are those that were committed on any rank; a step that was not finite is none.
+
 With an exchange that sends packets, each rank sends the factors of its own M: more bytes from three ranks on, and a sum
 of rank N r. Replicas stay identical: P^ and decoded products are added up in a fixed order (kernels.reference_factors).
 
@@ -26,10 +30,11 @@ Wire: a FACTORS packet. u64 n, u64 r; then float32 P^ (r rows of m) and Q (r row
 
 from __future__ import annotations
 
+import copy
 import math
 import struct
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import ClassVar
 
@@ -39,7 +44,7 @@ from torch import Tensor
 from gradcomp import kernels, randomness
 from gradcomp.compressors import add_dense, flat_gradient, float_accumulated, is_finite
 from gradcomp.errors import PacketError
-from gradcomp.interfaces import LinearCompressor, State
+from gradcomp.interfaces import Compressor, LinearCompressor, State
 from gradcomp.kernels.reference_chunks import nonfinite_value
 from gradcomp.kernels.reference_random import philox
 from gradcomp.options import check_integer
@@ -54,20 +59,27 @@ _HEAD = struct.Struct("<QQ")
 class PowerSGD(LinearCompressor):
     """Send a low-rank approximation of each matrix. Linear, in two rounds.
 
-    State: ``residual`` (float32, flat); where factors are sent also ``q`` (float32 [r, n]) and ``random`` (int64
-    [key, step], on the CPU), the same on all ranks.
+    State: ``residual`` (float32, flat); where factors are sent, or will be, also ``q`` (float32 [r, n]) and ``random``
+    (int64 [key, step], on the CPU), the same on all ranks.
 
     Attributes:
         rank: columns of P and Q. Larger: more traffic and more work, smaller residual.
+        dense_steps: so many steps of a tensor are sent as they are before factors are (torch's start_powerSGD_iter).
+            Larger: a safer start, and more traffic in it.
         seed: of the first Q.
     """
 
     id: ClassVar[str] = "powersgd"
+    in_step: ClassVar[bool] = True
     rank: int = 2
+    dense_steps: int = 0
     seed: int = 0
+    # The only kind that is decoded; None: both. Where the step is known, packets of the other stage are refused.
+    _only: Kind | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_integer("powersgd", "rank", self.rank, at_least=1, at_most=1 << 16)
+        check_integer("powersgd", "dense_steps", self.dense_steps, at_least=0)
         check_integer("powersgd", "seed", self.seed, at_least=0)
 
     def new_state(self, grad: Tensor) -> State:
@@ -88,7 +100,7 @@ class PowerSGD(LinearCompressor):
         flat = flat_gradient(grad)
         residual = None if state is None else state["residual"]
         rank, rows, columns = self._layout(grad)
-        if not rank:
+        if not rank or self._is_dense(state):
             own = float_accumulated(flat, residual)
             total = yield own
             value = nonfinite_value(total)
@@ -117,15 +129,27 @@ class PowerSGD(LinearCompressor):
 
     def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
         self._add(own, state["residual"], -1.0, flat_gradient(grad))
+        self.pass_over(state)
         if total.kind == Kind.FACTORS:
-            randomness.advance(state)
             _, q = _read(total)
             length = kernels.norms(q).unsqueeze(1)
             unit = (q / length).to(torch.float32)
             fresh = _draw(randomness.stream(state, self.seed), len(q), q.shape[1], q.device)
             state["q"] = torch.where(length > 0, unit, fresh)
 
+    def pass_over(self, state: State) -> None:
+        if "random" in state:
+            randomness.advance(state)
+
+    def at(self, state: State) -> Compressor:
+        codec = copy.copy(self)
+        sends_factors = "q" in state and not self._is_dense(state)
+        object.__setattr__(codec, "_only", Kind.FACTORS if sends_factors else Kind.DENSE_F32)
+        return codec
+
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
+        if self._only is not None:
+            packet.require(self._only)
         self._add(packet, out, scale)
 
     def _add(self, packet: Packet, out: Tensor, scale: float, addend: Tensor | None = None) -> None:
@@ -148,6 +172,10 @@ class PowerSGD(LinearCompressor):
     def stats(self, packet: Packet, state: State | None = None) -> dict[str, float]:
         """``density``: floats sent per element."""
         return {"density": packet.payload.numel() / max(4 * packet.numel, 1)}
+
+    def _is_dense(self, state: State | None) -> bool:
+        """Whether these are the first steps; without a state there are none."""
+        return state is not None and "random" in state and int(state["random"][1]) < self.dense_steps
 
     def _layout(self, grad: Tensor) -> tuple[int, int, int]:
         """Rank, rows and columns; rank 0 where the matrix itself is no larger than its factors."""

@@ -59,6 +59,7 @@ class RandomK(LinearCompressor):
     """
 
     id: ClassVar[str] = "randomk"
+    in_step: ClassVar[bool] = True
     ratio: float | None = None
     k: int | None = None
     unbiased: bool = False
@@ -106,6 +107,9 @@ class RandomK(LinearCompressor):
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         super().commit(grad, packet, state)
+        randomness.advance(state)
+
+    def pass_over(self, state: State) -> None:
         randomness.advance(state)
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:

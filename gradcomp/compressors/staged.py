@@ -4,15 +4,18 @@ The state is the residual, shared by all stages, a step counter, and whatever el
 stage without error feedback of its own (``none``, ``fp16``) sends gradient + residual, and what its packet lost stays
 in the residual: so nothing is lost where one stage ends and another begins.
 
-A packet is decoded by the first of the compressors that takes it, the last stage's before the earlier ones': they must
-tell their packets apart by what the header says. Steps are those in which the tensor had a gradient; ranks need not
-agree on them.
+Steps are those in which any rank had a gradient for the tensor, so that all ranks are in the same stage. Packets are
+decoded by that stage's compressor, which refuses those of others as far as it can tell. Where the step is not known (a
+packet by itself) it is the first of the compressors that takes it, the last stage's before the earlier ones': these
+tell their packets apart by what the header says.
+
+A schedule is linear in all its stages or not at all.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -39,6 +42,7 @@ class Staged(Compressor, ABC):
         one_state: whether the stages are one compressor with other options, so that one state serves all.
     """
 
+    in_step: ClassVar[bool] = True
     one_state: ClassVar[bool] = False
 
     @abstractmethod
@@ -52,6 +56,10 @@ class Staged(Compressor, ABC):
     @property
     def conserves(self) -> bool:
         return all(inner.conserves for inner in self.compressors() if _has_residual(inner))
+
+    @property
+    def linear(self) -> bool:
+        return all(inner.linear for inner in self.compressors())
 
     def new_state(self, grad: Tensor) -> State:
         state = super().new_state(grad) | {"step": torch.zeros((), dtype=torch.int64)}
@@ -75,24 +83,49 @@ class Staged(Compressor, ABC):
         own = self._own(number, state)
         if _has_residual(inner):
             return inner.encode(grad, own)
-        packet = inner.encode(_accumulated(grad, state), own)
-        # A stateless compressor lets NaN and Inf pass, and fp16 makes Inf of what is too large: the residual must not.
-        bad = 0.0 if packet.is_nonfinite else nonfinite_value(inner.decompress(packet))
-        return Packet.nonfinite(bad, packet.numel, packet.device) if bad else packet
+        return _finite_or_not(inner, inner.encode(_accumulated(grad, state), own))
+
+    def rounds(self, grad: Tensor, state: State | None = None) -> Generator[Tensor, Tensor, tuple[Packet, Packet]]:
+        number = self._number(state)
+        inner = self.compressors()[number]
+        if state is None:
+            return (yield from inner.rounds(grad))
+        own_state = self._own(number, state)
+        if _has_residual(inner):
+            return (yield from inner.rounds(grad, own_state))
+        whole = _accumulated(grad, state)
+        own, total = yield from inner.rounds(whole, own_state)
+        if inner.stateless:
+            own = inner.encode(whole)  # what the residual needs, and such rounds need not say
+        return _finite_or_not(inner, own), _finite_or_not(inner, total)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
-        if packet.is_nonfinite:
+        self.commit_sum(grad, packet, packet, state)
+
+    def commit_sum(self, grad: Tensor, own: Packet, total: Packet, state: State) -> None:
+        if own.is_nonfinite:
             return
         number = self._number(state)
-        inner, own = self.compressors()[number], self._own(number, state)
+        inner, own_state = self.compressors()[number], self._own(number, state)
         if _has_residual(inner):
-            inner.commit(grad, packet, own)
+            inner.commit_sum(grad, own, total, own_state)
         else:
-            if own:
-                inner.commit(_accumulated(grad, state), packet, own)
-            super().commit(flat_gradient(grad), packet, state)
+            if own_state:
+                inner.commit_sum(_accumulated(grad, state), own, total, own_state)
+            super().commit(flat_gradient(grad), own, state)
+        self._keep(number, own_state, state)
+        state["step"] += 1
+
+    def pass_over(self, state: State) -> None:
+        number = self._number(state)
+        own = self._own(number, state)
+        self.compressors()[number].pass_over(own)
         self._keep(number, own, state)
         state["step"] += 1
+
+    def at(self, state: State) -> Compressor:
+        number = self._number(state)
+        return self.compressors()[number].at(self._own(number, state))
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
         number = self._number(state)
@@ -152,6 +185,12 @@ def _has_residual(compressor: Compressor) -> bool:
 
 def _accumulated(grad: Tensor, state: State) -> Tensor:
     return (state["residual"] + flat_gradient(grad)).view(grad.shape)
+
+
+def _finite_or_not(compressor: Compressor, packet: Packet) -> Packet:
+    """A stateless compressor lets NaN and Inf pass, and fp16 makes Inf of what is too large: the residual must not."""
+    bad = 0.0 if packet.is_nonfinite else nonfinite_value(compressor.decompress(packet))
+    return Packet.nonfinite(bad, packet.numel, packet.device) if bad else packet
 
 
 def _decode_or_refuse(compressor: Compressor, packet: Packet, out: Tensor, scale: float) -> PacketError | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcomp.bucket import Piece, Unit
 from gradcomp.errors import ConfigError
-from gradcomp.interfaces import Exchange, Incoming, LinearCompressor, Work
+from gradcomp.interfaces import Exchange, Incoming, Work
 from gradcomp.options import check_integer
 
 __all__ = ["AllReduce"]
@@ -40,7 +40,7 @@ class AllReduce(Exchange):
             ConfigError: a compressor that is not linear.
         """
         for unit in units:
-            if not isinstance(unit.codec, LinearCompressor):
+            if not unit.codec.linear:
                 raise ConfigError(
                     f"exchange all_reduce adds up what is sent, and compressor {unit.codec.id!r} is not linear: "
                     "use all_gather, two_shot or auto"

@@ -10,7 +10,7 @@ from gradcomp.bucket import Piece, Unit
 from gradcomp.exchanges.all_gather import AllGather
 from gradcomp.exchanges.all_reduce import AllReduce
 from gradcomp.exchanges.two_shot import TwoShot
-from gradcomp.interfaces import Compressor, Exchange, Incoming, LinearCompressor, Transport, Work
+from gradcomp.interfaces import Compressor, Exchange, Incoming, Transport, Work
 from gradcomp.options import check_flag, check_integer
 
 __all__ = ["Auto"]
@@ -64,6 +64,6 @@ class Auto(Exchange):
         return (TwoShot() if owned else AllGather()).run(work)
 
     def _adds_up(self, codecs: Sequence[Compressor], world_size: int) -> bool:
-        if not all(isinstance(codec, LinearCompressor) for codec in codecs):
+        if not all(codec.linear for codec in codecs):
             return False
         return world_size > 1 if self.native_sums else world_size > 2 and not all(codec.stateless for codec in codecs)

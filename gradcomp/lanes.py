@@ -1,0 +1,68 @@
+"""The exchange's own CUDA stream beside the training's, and host memory that copies to and from it fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["Lane", "to_device", "to_host"]
+
+
+class Lane:
+    """Where the exchange's work is queued: on CUDA a stream of its own, so that backward goes on; else nowhere.
+
+    Everything queued here begins by waiting for a :meth:`mark` of the training's stream, and that waits for all of it
+    (:meth:`join`) before it uses the results. So memory that either of them frees is never written while the other
+    still reads it, although the allocator knows nothing of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What the current stream has been given to do so far."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    @contextmanager
+    def after(self, mark: torch.cuda.Event | None) -> Iterator[None]:
+        """What is queued in here runs on this lane, and not before ``mark``."""
+        if self._stream is None:
+            yield
+            return
+        if mark is not None:
+            self._stream.wait_event(mark)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What the current stream is given from now on runs after all that was queued here. The host does not wait."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU; from CUDA through page-locked memory, which is copied to at the full rate of the bus.
+
+    Waits for the current stream: the bytes must be there before they can be sent.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor`` on ``device``; to CUDA through page-locked memory, without waiting for the copy."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

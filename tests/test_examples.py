@@ -1,0 +1,35 @@
+"""The examples that are scripts run as their first lines say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(script: str, *arguments: str, workers: int = 2) -> str:
+    """What an example prints, run by torchrun on this machine."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+    done = subprocess.run(
+        [sys.executable, *command, str(ROOT / "examples" / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("more", [(), ("--transport", "zmq")])
+def test_the_ddp_script(more: tuple[str, ...]) -> None:
+    printed = torchrun("ddp_hook.py", "--epochs", "2", *more)
+    result = json.loads(printed.splitlines()[-1])
+    assert result["steps"] == 2 * (1400 // 2 // 16)
+    assert result["accuracy"] > 50
+    assert result["ratio"] > 10
