@@ -80,6 +80,8 @@ def _torch() -> Finding:
     distributed = torch.distributed.is_available()
     backends = [name for name in ("gloo", "nccl") if distributed and torch.distributed.is_backend_available(name)]
     found = f"{torch.__version__}, torch.distributed with {', '.join(backends) or 'no backend'}"
+    if distributed and "nccl" not in backends and torch.cuda.is_available():
+        return Finding("torch", found, "transport nccl needs a torch that was built with NCCL; gloo and zmq do not")
     if not distributed:
         return Finding("torch", found, "ranks meet in a torch.distributed.TCPStore: this torch was built without it")
     return Finding("torch", found)

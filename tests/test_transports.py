@@ -15,6 +15,7 @@ from gradcomp.interfaces import Slot, Transport
 from gradcomp.testing_transport import check_transport, run_ranks
 from gradcomp.transports.inproc import InprocTransport
 from gradcomp.transports.mailbox import Mailbox
+from gradcomp.transports.torch_distributed import GlooTransport, NcclTransport
 from gradcomp.transports.zmq import ZmqTransport
 
 
@@ -49,15 +50,19 @@ WORLDS = {
     "zmq-tcp": _zmq(),
     "zmq-ipc": _zmq(ipc=True),
     "zmq-paced": _zmq(rate="2gbit"),
+    "gloo": lambda world_size: list(GlooTransport.world(world_size, timeout_s=20.0)),
+    "nccl": lambda world_size: list(NcclTransport.world(world_size, timeout_s=20.0)),
 }
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.gpu if name == "nccl" else ()) for name in WORLDS]
+)
 def test_conformance(name: str) -> None:
     check_transport(WORLDS[name])
 
 
-@pytest.mark.parametrize("name", ["inproc", "zmq"])
+@pytest.mark.parametrize("name", ["inproc", "zmq", "gloo", "nccl"])
 def test_registry_builds_it_and_config_builds_it_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -140,7 +145,7 @@ def test_an_inproc_hub_serves_one_world_after_another() -> None:
         run_ranks(world, body)
 
 
-@pytest.mark.parametrize("name", ["inproc", "zmq-tcp"])
+@pytest.mark.parametrize("name", ["inproc", "zmq-tcp", "gloo"])
 def test_a_peer_far_ahead_is_cut_off(name: str) -> None:
     def body(transport: Transport) -> None:
         transport.connect({}, max_message_bytes=1000, max_unclaimed_bytes=10_000)

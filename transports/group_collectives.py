@@ -28,23 +28,20 @@ class PendingSum:
 
     Args:
         total: this rank's part, and the sum once it is done.
-        number: how many collective operations this rank finished before.
     """
 
-    def __init__(
-        self, group: Any, total: Tensor, rank: int, mailbox: Mailbox, courier: Courier, number: int, timeout_s: float
-    ) -> None:
+    def __init__(self, group: Any, total: Tensor, mailbox: Mailbox, courier: Courier) -> None:
         self.finished = False
-        self.rank = rank
-        self.timeout_s = timeout_s
+        self.rank = mailbox.rank
+        self.timeout_s = mailbox.timeout_s
         self.arrival = mailbox.arrival
         self._reason = ""
         self._mailbox = mailbox
         self._links = courier.links
-        self._number = number
+        self._number = courier.finished
         options = dist.AllreduceOptions()
         # Who waits for it gives up first, and can say what for.
-        options.timeout = timedelta(seconds=timeout_s + _MORE_PATIENCE_S)
+        options.timeout = timedelta(seconds=self.timeout_s + _MORE_PATIENCE_S)
         self._work = group.allreduce([total], options)
         self._work.get_future().add_done_callback(self._finish)
 
@@ -66,11 +63,18 @@ class PendingSum:
         return error
 
     def error(self) -> TransportError:
-        """Why the backend gave up: most likely a peer is gone, which the messages show, too, perhaps a moment later."""
+        """Why there will be no sum. Most likely a peer is gone; it may be a moment before the messages show that, too.
+
+        Who was killed is the cause, and who left because of that is not.
+        """
         with self.arrival:
-            self.arrival.wait_for(lambda: any(map(self.lost, self._links)), _LOSS_S)
-        lost = next(filter(None, map(self.lost, self._links)), None)
+            self.arrival.wait_for(lambda: any(self._was_killed(peer) for peer in self._links), _LOSS_S)
+        peers = sorted(self._links, key=self._was_killed, reverse=True)
+        lost = next(filter(None, map(self.lost, peers)), None)
         return lost or TransportError(f"rank {self.rank}: the all-reduce failed: {self._reason}")
+
+    def _was_killed(self, peer: int) -> bool:
+        return self._mailbox.lost(peer) is not None and self._links[peer].finished is None
 
     def _finish(self, future: torch.futures.Future[Any]) -> None:
         try:
@@ -106,11 +110,8 @@ class _Part(Incoming):
                     f"rank {pending.rank}: no all-reduce with rank {self.peer} for step {self.slot.step}, "
                     f"bucket {self.slot.bucket} within {pending.timeout_s:g} s"
                 )
-        if pending.failed:
+        if self.failed:
             raise pending.error().with_traceback(None)
-        lost = None if pending.finished else pending.lost(self.peer)
-        if lost is not None:
-            raise lost.with_traceback(None)
         return memoryview(b"")
 
 
@@ -131,30 +132,31 @@ def swap_by_pairs(
     group: Any,
     outgoing: Mapping[int, Tensor],
     incoming: Mapping[int, Tensor],
-    *,
-    rank: int,
     mailbox: Mailbox,
-    timeout_s: float,
 ) -> None:
     """Send and receive one tensor a peer by transfers of their own, and wait for them.
 
     Raises:
         PeerLost, TransportTimeout: a peer is gone, or did not come.
     """
-    deadline = time.monotonic() + timeout_s
-    works = [(peer, group.recv([tensor], peer, _SWAP_TAG)) for peer, tensor in incoming.items()]
-    works += [(peer, group.send([tensor], peer, _SWAP_TAG)) for peer, tensor in outgoing.items()]
-    peer = rank
+    deadline = time.monotonic() + mailbox.timeout_s
+    begin = [(peer, group.recv, tensor) for peer, tensor in incoming.items()]
+    begin += [(peer, group.send, tensor) for peer, tensor in outgoing.items()]
+    works = []
+    peer = mailbox.rank
     try:
+        for peer, transfer, tensor in begin:
+            works.append((peer, transfer([tensor], peer, _SWAP_TAG)))
         for peer, work in works:  # noqa: B007 - the one that failed is named below
             work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
     except RuntimeError as error:
-        raise _swap_error(error, peer, rank, mailbox, timeout_s) from None
+        raise _swap_error(error, peer, mailbox) from None
 
 
-def _swap_error(error: Exception, peer: int, rank: int, mailbox: Mailbox, timeout_s: float) -> TransportError:
+def _swap_error(error: Exception, peer: int, mailbox: Mailbox) -> TransportError:
+    rank = mailbox.rank
     if "timed out" in str(error).lower():
-        return TransportTimeout(f"rank {rank}: no transfer from or to rank {peer} within {timeout_s:g} s")
+        return TransportTimeout(f"rank {rank}: no transfer from or to rank {peer} within {mailbox.timeout_s:g} s")
     with mailbox.arrival:
         mailbox.arrival.wait_for(lambda: mailbox.lost(peer) is not None, _LOSS_S)
     lost = mailbox.lost(peer)

@@ -181,6 +181,10 @@ class Courier:
 
     Args:
         group: carries CPU tensors; used for nothing else until :meth:`close`.
+
+    Attributes:
+        finished: collective operations this rank has finished. Who leaves tells its peers, for they need not give up an
+            operation that it took part in.
     """
 
     def __init__(
@@ -189,6 +193,7 @@ class Courier:
         self._rank = rank
         self._pid = os.getpid()
         self._mailbox = mailbox
+        self.finished = 0
         self.links = {peer: Link(rank, peer, group, mailbox, max_message_bytes) for peer in range(size) if peer != rank}
 
     @property
@@ -206,16 +211,12 @@ class Courier:
         for peer in peers:
             self.links[peer].post(letter)
 
-    def close(self, patience_s: float, finished: int = 0) -> None:
-        """Send what is posted, say goodbye and end the threads; at most ``patience_s`` without any progress.
-
-        Args:
-            finished: collective operations this rank has finished: peers need not wait for it in those.
-        """
+    def close(self, patience_s: float) -> None:
+        """Send what is posted, say goodbye and end the threads; at most ``patience_s`` without any progress."""
         if os.getpid() != self._pid:
             return  # a forked child has no such threads
         self._mailbox.fail(TransportError(f"rank {self._rank}: the transport is closed"))
-        self.post(list(self.links), Letter(BYE, Slot(finished, 0, 0), _NOTHING))
+        self.post(list(self.links), Letter(BYE, Slot(self.finished, 0, 0), _NOTHING))
         moved, deadline = -1, 0.0
         while any(link.busy and not link.cut_off for link in self.links.values()):
             if self.bytes_sent + self.bytes_received != moved:

@@ -84,6 +84,8 @@ class Beside(Source):
 
     def make(self, backend: str, timeout_s: float) -> Groups:
         everyone = len(self._ranks) == dist.get_world_size()
+        kinds = set(parse_backends(backend).values())
+        backend = kinds.pop() if len(kinds) == 1 else backend
         made: list[Any] = []
 
         def new(kind: str) -> Any:

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,8 @@ from gradcomp.transports.group_making import (
 from gradcomp.transports.mailbox import Mailbox, check_address
 
 __all__ = ["GlooTransport", "NcclTransport", "TorchTransport"]
+
+T = TypeVar("T", bound="TorchTransport")
 
 _PATIENCE_S = 10.0  # for peers that are there but do not read
 _REFUSED_PATIENCE_S = 1.0
@@ -96,10 +98,15 @@ class TorchTransport(Transport):
         self._connected = self._closed = False
         self._max_message_bytes = 0
         self._last: Outgoing | None = None
-        self._finished = 0  # collective operations
         self._collective_bytes_sent = self._collective_bytes_received = 0
         self._pending: PendingSum | None = None
         self._queued: torch.cuda.Event | None = None
+
+    @classmethod
+    def world(cls: type[T], world_size: int, **options: Any) -> list[T]:
+        """Transports for all ranks of a new world of threads of this process."""
+        store = HashStore()
+        return [cls(group=FromStore(store, rank, world_size), **options) for rank in range(world_size)]
 
     @classmethod
     def _option_names(cls) -> list[str]:
@@ -124,10 +131,10 @@ class TorchTransport(Transport):
 
     def check_device(self, device: torch.device) -> None:
         if device.type not in self._backends and "cpu" not in self._backends:
-            there = ", ".join(f"{backend} for {kind}" for kind, backend in self._backends.items())
+            there = ", ".join(f"{backend} for {kind} tensors" for kind, backend in self._backends.items())
             raise ConfigError(
-                f"{self.id}: the parameters are on {device.type}, and the process group has only {there}: use "
-                "transport gloo or zmq, or move the model to a CUDA device before attaching"
+                f"{self.id}: the parameters are {device.type} tensors, and there is only {there}: "
+                "move the model to its CUDA device before attaching, or use transport gloo or zmq"
             )
 
     def carries(self, device: torch.device) -> bool:
@@ -154,6 +161,8 @@ class TorchTransport(Transport):
         self._connected = True
         self._max_message_bytes = max_message_bytes
         self._mailbox.max_unclaimed_bytes = max_unclaimed_bytes or max(_UNCLAIMED_BYTES, 4 * max_message_bytes)
+        if self.backend is not None and not dist.is_backend_available(self.backend):
+            raise ConfigError(f"{self.id}: this torch was built without it")
         if self.world_size == 1:
             return
         full_hello = {
@@ -190,7 +199,7 @@ class TorchTransport(Transport):
             return
         lost = False
         if self._courier is not None:
-            self._courier.close(patience_s, self._finished)
+            self._courier.close(patience_s)
             self._finalizer.detach()
             lost = any(link.finished is None for link in self._courier.links.values())
         if self._pending is not None and not self._pending.finished:
@@ -266,10 +275,10 @@ class TorchTransport(Transport):
             self._count_queued(mine.device)
         else:
             total = mine.detach().to("cpu", copy=True)
-            self._pending = PendingSum(group, total, self.rank, self._mailbox, courier, self._finished, self.timeout_s)
+            self._pending = PendingSum(group, total, self._mailbox, courier)
             yield self._pending.parts(slot)
             total = total.to(mine.device)
-        self._finished += 1
+        courier.finished += 1
         moved = 2 * (self.world_size - 1) * total.nbytes // self.world_size
         self._collective_bytes_sent += moved
         self._collective_bytes_received += moved
@@ -278,21 +287,14 @@ class TorchTransport(Transport):
     def swap_tensors(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
         self._check_connected()
         tensors = [*outgoing.values(), *incoming.values()]
-        if not tensors or self._groups is None:
+        if not tensors or self._groups is None or self._courier is None:
             return
         if self._on_device(tensors[0].device):
             swap_on_stream(self._groups.collectives, self.world_size, outgoing, incoming)
             self._count_queued(tensors[0].device)
         else:
-            swap_by_pairs(
-                self._groups.collectives,
-                outgoing,
-                incoming,
-                rank=self.rank,
-                mailbox=self._mailbox,
-                timeout_s=self.timeout_s,
-            )
-        self._finished += 1
+            swap_by_pairs(self._groups.collectives, outgoing, incoming, self._mailbox)
+        self._courier.finished += 1
         self._collective_bytes_sent += sum(tensor.nbytes for tensor in outgoing.values())
         self._collective_bytes_received += sum(tensor.nbytes for tensor in incoming.values())
 
@@ -313,12 +315,6 @@ class GlooTransport(TorchTransport):
 
     id: ClassVar[str] = "gloo"
     backend: ClassVar[str | None] = "gloo"
-
-    @classmethod
-    def world(cls, world_size: int, *, timeout_s: float = 60.0) -> list[GlooTransport]:
-        """Transports for all ranks of a new world of threads of this process."""
-        store = HashStore()
-        return [cls(group=FromStore(store, rank, world_size), timeout_s=timeout_s) for rank in range(world_size)]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -51,7 +51,9 @@ def _with_gloo(world_size: int) -> Gather:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; rank 0 prints a table, or a JSON line a measurement."""
     parser = argparse.ArgumentParser(prog="gradcomp bench all-gather", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--transport", default="zmq", help="spec, e.g. zmq:insecure=true (default: %(default)s)")
+    parser.add_argument(
+        "--transport", action="append", help="spec, e.g. zmq:insecure=true; several alternate (default: zmq)"
+    )
     parser.add_argument("--sizes", default="0.1,4", help="MiB from each rank, comma-separated (default: %(default)s)")
     parser.add_argument(
         "--rounds", type=int, default=20, help="times 5 all-gathers of each size (default: %(default)s)"
@@ -66,13 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--sizes {options.sizes!r} must be numbers separated by commas") from None
     link_bits_per_s = parse_rate("all_gather", options.link)
 
-    connection = transport(options.transport)
+    connections = [transport(spec) for spec in options.transport or ["zmq"]]
+    connection = connections[0]
     rank, world_size = connection.rank, connection.world_size
-    connection.connect({"bench": "all_gather"}, max_message_bytes=max(sizes))
-    gathers = {connection.id: _with_transport(connection)}
+    gathers: dict[str, Gather] = {}
+    for one in connections:
+        one.connect({"bench": "all_gather"}, max_message_bytes=max(sizes))
+        gathers[one.id] = _with_transport(one)
     if options.beside_gloo:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
-        gathers["gloo"] = _with_gloo(world_size)
+        gathers["raw gloo"] = _with_gloo(world_size)
     step = 0
     try:
         for size in sizes:
@@ -91,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, times in took_s.items():
                     _report(name, size * (world_size - 1), size, times, link_bits_per_s, as_json=options.json)
     finally:
-        connection.close()
+        for one in connections:
+            one.close()
         if options.beside_gloo:
             dist.destroy_process_group()
     return 0
