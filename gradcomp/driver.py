@@ -127,7 +127,7 @@ class Driver:
 
     def _advance(self, bucket: _Bucket) -> None:
         if bucket.awaited:
-            self._transport.wait(bucket.awaited, timeout_s=0.0)
+            self._transport.wait(bucket.awaited, timeout_s=0.0, waited_s=self._transport.timeout_s)
             bucket.awaited = ()  # the messages' memory is the exchange's to free
         try:
             with self._lane.after(bucket.mark):

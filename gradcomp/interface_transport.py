@@ -157,11 +157,14 @@ class Transport(Configured, ABC):
         raise TransportError(f"transport {self.id!r} carries host memory only")
 
     @final
-    def wait(self, incoming: Sequence[Incoming], *, timeout_s: float | None = None) -> list[memoryview]:
+    def wait(
+        self, incoming: Sequence[Incoming], *, timeout_s: float | None = None, waited_s: float = 0.0
+    ) -> list[memoryview]:
         """The messages of ``incoming``, when all are here.
 
         Args:
             timeout_s: how long to wait, in seconds; None for the transport's own ``timeout_s``.
+            waited_s: how long somebody has waited for them already, for the message.
 
         Raises:
             TransportTimeout: not all were here in time; names the ranks that are missing.
@@ -179,7 +182,7 @@ class Transport(Configured, ABC):
             slot, peers = missing[0].slot, ", ".join(str(i.peer) for i in missing)
             raise TransportTimeout(
                 f"rank {self.rank}: nothing from rank {peers} for step {slot.step}, bucket {slot.bucket}, "
-                f"stage {slot.stage} within {patience:g} s"
+                f"stage {slot.stage} within {patience + waited_s:g} s"
             )
         return [i.result() for i in incoming]
 

@@ -6,7 +6,7 @@ import pytest
 from processes import run_script
 
 SETUP = """
-import datetime
+import copy, datetime
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -174,6 +174,36 @@ say(what="scale", good=close(outcome[1024.0], outcome[1.0], 1e-6))
     for rank in found:
         assert [line["what"] for line in rank] == ["unused", "accumulation", "inf", "inf", "scale"]
         assert all(line["good"] for line in rank), rank
+
+
+def test_a_checkpoint_resumes_bit_for_bit_into_other_buckets() -> None:
+    found = run_script(
+        SETUP
+        + """
+def run(model, sync, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        step_of(model, optimizer, step)
+        optimizer.step()
+    return bits(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+model = wrap(used(Net()))
+optimizer = torch.optim.Adam(model.parameters())
+with ddp.register(model, "threshold:density=0.01", dense=DENSE) as sync:
+    run(model, sync, optimizer, range(5))
+    saved = [copy.deepcopy(one.state_dict()) for one in (model, optimizer, sync)]
+    whole = run(model, sync, optimizer, range(5, 10))
+again = wrap(used(Net()), cap_mb=25)
+optimizer = torch.optim.Adam(again.parameters())
+with ddp.register(again, "threshold:density=0.01", dense=DENSE) as sync:
+    for one, state in zip((again, optimizer, sync), saved):
+        one.load_state_dict(state)
+    say(good=run(again, sync, optimizer, range(5, 10)) == whole)
+"""
+        + DONE,
+        2,
+    )
+    assert found == [[{"good": True}], [{"good": True}]]
 
 
 def test_wrong_use_is_explained() -> None:
