@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from gradcomp import registry
 from gradcomp.buffers import BufferPolicy
 from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
-from gradcomp.interfaces import Exchange, Transport
+from gradcomp.interfaces import Compressor, Exchange, Transport
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 
@@ -97,8 +99,52 @@ def attach(
     )
     if when == "step":
         sync.add_handle(optimizer.register_step_pre_hook(lambda *_: sync.exchange()))
+    else:
+        sync.add_handle(optimizer.register_step_pre_hook(_WatchSteps(sync, scaler)))
     sync.add_handle(_FollowGroups(optimizer, lambda: sync.set_parameters(_named(optimizer, model))))
     return sync
+
+
+class _WatchSteps:
+    """Says, before an optimizer step, what is most likely a mistake; each once."""
+
+    def __init__(self, sync: GradientExchange, scaler: GradScaler | None) -> None:
+        self._sync, self._scaler = sync, scaler
+        self._seen_step = -1
+        self._looked_for_scaler = self._warned = False
+
+    def __call__(self, _: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # A closure, as LBFGS wants one, calls backward only after this.
+        without = self._sync.step == self._seen_step and not args and not kwargs.get("closure")
+        self._seen_step = self._sync.step
+        if without and self._sync.world_size > 1 and not self._warned:
+            self._warned = True
+            logging.getLogger("gradcomp").warning(
+                "rank %d: optimizer.step() without an exchange since the step before: no backward pass reached a "
+                "parameter, or all were inside no_sync(). Other ranks wait for this one unless they did the same; "
+                "sync.exchange() takes part without a gradient",
+                self._sync.rank,
+            )
+        if not self._looked_for_scaler:
+            self._looked_for_scaler = True
+            used = _scaler_that_steps()
+            plain = isinstance(self._sync.compressor, Compressor) and self._sync.compressor.stateless
+            if used is not None and used is not self._scaler and not plain:
+                logging.getLogger("gradcomp").warning(
+                    "gradients are multiplied by a GradScaler that attach() was not given: thresholds and residuals "
+                    "are in units that change with its scale; pass attach(..., scaler=scaler)"
+                )
+
+
+def _scaler_that_steps() -> GradScaler | None:
+    """The GradScaler whose step() calls the optimizer's; nothing else on an optimizer tells that there is one."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is GradScaler.step.__code__:
+            found = frame.f_locals["self"]
+            return found if isinstance(found, GradScaler) else None
+    return None
 
 
 class _FollowGroups:
@@ -110,7 +156,12 @@ class _FollowGroups:
 
         def add_param_group(param_group: dict[str, Any]) -> None:
             original(param_group)
-            changed()
+            try:
+                changed()
+            except BaseException:
+                # A group that is not exchanged would drift apart on the ranks.
+                optimizer.param_groups.pop()
+                raise
 
         optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
 
