@@ -48,7 +48,9 @@ def attach(
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
         exchange: likewise.
         model: gives parameters their names in messages and checkpoints, and buffers to start from rank 0's. Without it
-            parameters are called ``group0.0``, ``group0.1``, ... and buffers are left alone.
+            parameters are called ``group0.0``, ``group0.1``, ... and buffers are left alone. Any of its parameters may
+            be added in mid-run (``optimizer.add_param_group``); without it, about as much again as there is at first,
+            or 256k elements.
         reduction: ``"mean"`` or ``"sum"`` over ranks.
         when: ``"backward"``: the exchange starts as gradients become ready and is over when ``backward()`` returns, so
             clipping, schedulers and logging see what they would see with DistributedDataParallel; ``"step"``: it
@@ -81,15 +83,16 @@ def attach(
     if policy.policy != "alone" and model is None:
         raise ConfigError(f"attach: buffers={buffers!r} needs model=, whose buffers are meant")
     others = _others(model, optimizer)
+    named = _named(optimizer, model)
     sync = GradientExchange(
-        _named(optimizer, model),
+        named,
         compressor=choose(compressor),
         transport=registry.transport(transport),
         exchange=registry.exchange(exchange),
         buffers=others,
         synced=[] if model is None else list(model.buffers()),
         buffer_policy=policy,
-        later=[p for p in others if isinstance(p, nn.Parameter)],
+        later=[p for _, p in named] if model is None else [p for p in others if isinstance(p, nn.Parameter)],
         reduction=reduction,
         when=when,
         bucket_bytes=bucket_bytes,
@@ -110,12 +113,13 @@ class _WatchSteps:
 
     def __init__(self, sync: GradientExchange, scaler: GradScaler | None) -> None:
         self._sync, self._scaler = sync, scaler
-        self._seen_step = -1
+        self._seen_step = sync.step
         self._looked_for_scaler = self._warned = False
 
     def __call__(self, _: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # A closure, as LBFGS wants one, calls backward only after this.
-        without = self._sync.step == self._seen_step and not args and not kwargs.get("closure")
+        closure = kwargs.get("closure") or any(map(callable, args))
+        without = self._sync.step == self._seen_step and not closure
         self._seen_step = self._sync.step
         if without and self._sync.world_size > 1 and not self._warned:
             self._warned = True
@@ -172,7 +176,10 @@ class _FollowGroups:
 
 def _named(optimizer: Optimizer, model: nn.Module | None) -> list[tuple[str, Tensor]]:
     """Names and parameters; the model's order of registration where there is a model, else the optimizer's."""
-    groups = [[p for p in group["params"] if p.is_floating_point()] for group in optimizer.param_groups]
+    # Integers have no gradients. Complex numbers do, and are refused by name.
+    groups = [
+        [p for p in group["params"] if p.is_floating_point() or p.is_complex()] for group in optimizer.param_groups
+    ]
     if not any(p.requires_grad for group in groups for p in group):
         raise ConfigError("the optimizer has no parameters that require a gradient: there is nothing to exchange")
     if model is None:
