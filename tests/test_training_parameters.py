@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ class TestFreezing:
                     if frozen:  # what is held back waits until it is unfrozen
                         assert str(sync.state_dict()["states"].get("0.weight")) == str(residual)
                     sent.append(sync.stats()["packet_bytes"])
-                each = [b - a for a, b in zip(sent, sent[1:], strict=False)]
+                each = [b - a for a, b in itertools.pairwise(sent)]
                 assert max(each[3:6]) < min(each[:3] + each[6:])
             return parameters_of(net)
 
@@ -158,8 +159,8 @@ class TestGroups:
             net = perceptron()
             optimizer = torch.optim.SGD(net[2].parameters(), lr=0.1)  # type: ignore[index]
             with attach(net, optimizer, transport, digest_every=1) as sync:
+                more = net[0].weight if sync.rank else net[0].bias  # type: ignore[index]
                 with pytest.raises(gradcomp.HandshakeError) as caught:
-                    more = net[0].weight if sync.rank else net[0].bias  # type: ignore[index]
                     optimizer.add_param_group({"params": [more]})
                 assert caught.value.field == "tensors"
                 assert len(optimizer.param_groups) == 1
