@@ -1,4 +1,4 @@
-"""Gradients on a CUDA device: the same bits as on the CPU, on a stream of their own. On the CPU the same code runs in CI."""
+"""Gradients on a CUDA device: the bits of the CPU, on a stream of their own. Where there is none, the CPU stands in."""
 
 from __future__ import annotations
 
@@ -270,8 +270,7 @@ class TestStreams:
     def test_backward_on_a_stream_of_the_users(self) -> None:
         def rank_main(transport: Any) -> list[Tensor]:
             with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-                found = train(transport, "cuda", 20)
-            return found
+                return train(transport, "cuda", 20)
 
         assert_equal(run_ranks(2, rank_main), run_ranks(2, lambda transport: train(transport, "cuda", 20)))
 
