@@ -1,4 +1,4 @@
-"""Mixed precision, gradient accumulation, clipping and a schedule, as in many a script; the lines marked with + are new.
+"""Mixed precision, gradient accumulation, clipping and a schedule, as in many scripts; lines marked with + are new.
 
     python examples/amp_accumulate_clip.py                                              by itself
     torchrun --standalone --nproc-per-node 2 examples/amp_accumulate_clip.py            two processes here

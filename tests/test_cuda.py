@@ -15,13 +15,12 @@ import pytest
 import torch
 from ranks import attach, parameters_of, run_ranks
 from torch import Tensor, nn
-from training import filled, noise, sgd
+from training import filled, noise, sgd, zmq_world
 
 import gradcomp
 from gradcomp import testing_transport
 from gradcomp.compressors.threshold import Threshold
 from gradcomp.lanes import Lane, to_device, to_host
-from gradcomp.transports.zmq import ZmqTransport
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COMPRESSORS = [
@@ -84,13 +83,6 @@ class TestSameBitsAsOnTheCpu:
         assert host.device.type == "cpu"
         assert host.is_pinned() == (device == "cuda")
         assert torch.equal(to_device(host, device), tensor)
-
-
-def zmq_world() -> list[ZmqTransport]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        master = f"127.0.0.1:{free.getsockname()[1]}"
-    return [ZmqTransport(rank=rank, world_size=2, master=master, timeout_s=30.0) for rank in range(2)]
 
 
 def over_zmq(function: Callable[[Any], Any]) -> list[Any]:

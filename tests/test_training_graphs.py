@@ -11,9 +11,11 @@ import torch
 from ranks import attach, outcomes, parameters_of, run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from training import Branches, Checkpointed, filled, noise, perceptron, sgd
+from training import Branches, Checkpointed, filled, noise, perceptron, sgd, zmq_world
 
 import gradcomp
+from gradcomp import testing_transport
+from gradcomp.transports.zmq import ZmqTransport
 
 COMPRESSORS = ["none", "threshold:tau=0.01"]
 
@@ -262,27 +264,34 @@ class Samples(torch.utils.data.IterableDataset[Tensor]):
         yield from (noise(0, step, 12) for step in range(8))
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")  # that is what is tested
 def test_data_loader_workers_beside_a_zeromq_transport() -> None:
     """They are forks of a process that has sockets and threads: they must not touch these, nor take them down."""
-    net = perceptron()
-    optimizer = sgd(net)
-    with attach(net, optimizer, "zmq:rank=0,world_size=1", compressor="none") as sync:
-        for _ in range(2):  # workers come and go
-            loader = torch.utils.data.DataLoader(Samples(), batch_size=4, num_workers=1)
-            for inputs in loader:
-                optimizer.zero_grad()
-                net(inputs).square().mean().backward()
-                optimizer.step()
-        assert sync.stats()["steps"] == 4
+
+    def rank_main(transport: Any) -> list[Tensor]:
+        net = perceptron()
+        optimizer = sgd(net)
+        with attach(net, optimizer, transport, compressor="none", digest_every=1) as sync:
+            for _ in range(2):  # workers come and go
+                loader = torch.utils.data.DataLoader(Samples(), batch_size=4, num_workers=1 - sync.rank)
+                for inputs in loader:
+                    optimizer.zero_grad()
+                    net(inputs).square().mean().backward()
+                    optimizer.step()
+            assert sync.stats()["steps"] == 4
+        return parameters_of(net)
+
+    found = testing_transport.run_ranks(zmq_world(), rank_main)
+    assert same(found[:1], found[1:])
 
 
 def test_two_exchanges_in_one_process() -> None:
     """Generator and discriminator, each with its own optimizer and transport, taking turns."""
 
     def rank_main(transport: Any) -> list[Tensor]:
-        from gradcomp.transports.inproc import InprocTransport
-
-        other = InprocTransport(rank=transport.rank, world_size=2, hub=f"{transport.hub} discriminator", timeout_s=20.0)
+        other = ZmqTransport(
+            rank=transport.rank, world_size=2, master=transport.master, run="discriminator", timeout_s=30.0
+        )
         maker, judge = filled(nn.Linear(3, 12), 1), filled(nn.Linear(12, 1), 2)
         optimizers = sgd(maker), sgd(judge)
         options = {"compressor": "threshold:tau=0.01", "digest_every": 1}
@@ -299,7 +308,7 @@ def test_two_exchanges_in_one_process() -> None:
                 optimizers[0].step()
         return [*parameters_of(maker), *parameters_of(judge)]
 
-    found = run_ranks(2, rank_main)
+    found = testing_transport.run_ranks(zmq_world(run="generator"), rank_main)
     assert same(found[:1], found[1:])
 
 
