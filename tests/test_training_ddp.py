@@ -9,7 +9,8 @@ import pytest
 import torch
 from ranks import attach, run_ranks
 from torch import Tensor, nn
-from training import LOOPS, Result, ddp, noise, ours
+from training import Result, noise
+from training_loops import LOOPS, ddp, ours
 
 # Types of fewer bits are added up in them by Gloo, and in float32 by us.
 COARSE = {torch.bfloat16: 0.02, torch.float16: 0.003}
