@@ -45,7 +45,7 @@ def main() -> None:
         for images, digits in loader:
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images), digits)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
         scheduler.step()
     with torch.no_grad():

@@ -74,9 +74,13 @@ class BufferPolicy:
             mine = flat.view(torch.uint8).numpy().tobytes() if average or transport.rank == 0 else b""
             slot = Slot((turn << 20) + number, BUFFERS_BUCKET, 0)
             everyone = transport.all_gather(slot, mine)
-            rows = [torch.frombuffer(bytearray(row), dtype=flat.dtype) for row in everyone if len(row)]
-            if len(rows) != (transport.world_size if average else 1) or any(row.shape != flat.shape for row in rows):
-                raise PacketError(f"buffers of {[len(row) for row in everyone]} bytes came from the ranks")
+            given = [row for row in everyone if len(row)]
+            if len(given) != (transport.world_size if average else 1) or any(len(row) != flat.nbytes for row in given):
+                raise PacketError(
+                    f"buffers of {[len(row) for row in everyone]} bytes came from the ranks; this rank's have "
+                    f"{flat.nbytes}"
+                )
+            rows = [torch.frombuffer(bytearray(row), dtype=flat.dtype) for row in given]
             total = torch.stack(rows).mean(0) if average else rows[0]
             for member, part in zip(members, torch.split(total, [m.numel() for m in members]), strict=True):
                 member.detach().copy_(part.view(member.shape))

@@ -48,7 +48,7 @@ class GradientExchange:
         bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32.
         digest_every: every so many steps replicas are compared; 0 never.
         dense: which parameters go uncompressed; called with name and parameter.
-        loss_scale: what gradients are multiples of (torch.amp.GradScaler's scale), asked at the start of each step.
+        loss_scale: what gradients are multiples of (torch.amp.GradScaler's scale), asked once in each step.
         gradients: where they lie, if not in ``p.grad``.
         accept: raises ConfigError for compressors that will not do; asked about every one that is set.
 
@@ -92,6 +92,7 @@ class GradientExchange:
             dense=DenseRule() if dense is None else dense,
             accept=accept,
         )
+        self._loss_scale = loss_scale or (lambda: 1.0)
         self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
         self._syncing = True
         self._closed = False
@@ -106,7 +107,7 @@ class GradientExchange:
             transport=transport,
             exchange=exchange,
             scale=1.0 / transport.world_size if reduction == "mean" else 1.0,
-            loss_scale=loss_scale or (lambda: 1.0),
+            loss_scale=self._loss_scale,
         )
         everything = [*tensors, *buffers]
         most = plan.most_bytes(exchange, transport.world_size)
@@ -143,6 +144,11 @@ class GradientExchange:
     def compressor(self) -> Choice:
         """What compresses now: a Compressor, or Rules."""
         return self._stepper.plan.compressor
+
+    @property
+    def step(self) -> int:
+        """Number of exchanges that are finished; part of a checkpoint."""
+        return self._stepper.step
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -360,6 +366,7 @@ class GradientExchange:
             "when": self._when,
             "bucket_bytes": self._planner.bucket_bytes,
             "digest_every": self._digest_every,
+            "loss_scale": repr(self._loss_scale()),
             "buffers": f"{self._buffer_policy.policy}:every={self._buffer_policy.every}",
         }
 
@@ -370,13 +377,8 @@ class GradientExchange:
             handle.remove()
             self._handles.remove(handle)
         self.add_handle(
-            BackwardHooks(
-                self._stepper.tensors, active=lambda: self._syncing, ready=self.ready, finish=self._end_of_backward
-            )
+            BackwardHooks(self._stepper.tensors, active=lambda: self._syncing, ready=self.ready, finish=self.exchange)
         )
-
-    def _end_of_backward(self) -> None:
-        self.exchange()
 
     @contextmanager
     def _abort_on_error(self) -> Iterator[None]:

@@ -38,7 +38,7 @@ class Gradients(ABC):
 
 
 class ParameterGradients(Gradients):
-    """``p.grad``.
+    """``p.grad``; what a frozen parameter still has from before it was frozen is no gradient.
 
     Args:
         tensors: the parameters.
@@ -49,7 +49,8 @@ class ParameterGradients(Gradients):
         self._ownership = Ownership(tensors)
 
     def get(self, position: int) -> Tensor | None:
-        return self._tensors[position].grad
+        tensor = self._tensors[position]
+        return tensor.grad if tensor.requires_grad else None
 
     def get_or_make(self, position: int) -> Tensor:
         tensor = self._tensors[position]

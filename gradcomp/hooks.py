@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["BackwardHooks", "Handle"]
@@ -51,11 +54,26 @@ class BackwardHooks:
                 return
             if not self._in_backward:
                 self._in_backward = True
-                # Runs when this backward pass is over, whatever parameters it did not reach.
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+                self._call_at_the_end()
             self._ready(position)
 
         return hook
+
+    def _call_at_the_end(self) -> None:
+        """Have :meth:`_end_of_backward` run when backward is over, whatever parameters it did not reach."""
+        outer = _outer_node()
+        if outer is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+            return
+        # This is a backward pass inside another one's node, such as a reentrant checkpoint's, and ends before that
+        # one does. What comes after the node belongs to the outer pass: it is asked from there.
+        following = next(node for node, _ in outer.next_functions if node is not None)
+
+        def ask(_: object) -> None:
+            handle.remove()
+            self._call_at_the_end()
+
+        handle = following.register_prehook(ask)
 
     def _end_of_backward(self) -> None:
         self._in_backward = False
@@ -72,3 +90,14 @@ def _hook(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
         if frozen:
             tensor.requires_grad_(False)
     return handle
+
+
+def _outer_node() -> Node | None:
+    """The node of the outermost backward pass that this one runs inside of; None if this is the outermost."""
+    found = None
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            found = frame.f_locals["self"]
+    return found

@@ -27,6 +27,8 @@ __all__ = ["Plan", "Planner", "message_bounds"]
 
 # More than a parameter's share of a message's head and its packet's header.
 _HEADS_BYTES = 128
+# Room for parameters that come later is at least that much: what is small need not be known beforehand.
+_ROOM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def message_bounds(lengths: Sequence[int], tensors: Sequence[Tensor], later: Seq
         later: parameters that may come to them, in messages of their own.
     """
     sizes = [tensor.numel() * tensor.element_size() for tensor in (*tensors, *later)]
-    more = sum(4 * tensor.numel() + _HEADS_BYTES for tensor in later)
+    more = max(_ROOM_BYTES, sum(4 * tensor.numel() + _HEADS_BYTES for tensor in later)) if later else 0
     # Broadcast chunks, averages and digests share the connection. What has no flat view is broadcast whole.
     others = max(replicas.BROADCAST_CHUNK_BYTES, 16 * len(sizes), *sizes)
     return max(*lengths, others) + more, max(2 * (sum(lengths) + more), sum(sizes)) + others

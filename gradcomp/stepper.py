@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -27,7 +28,7 @@ class Stepper:
 
     Args:
         scale: what sums over ranks are multiplied by.
-        loss_scale: asked at the beginning of each step what gradients are multiples of.
+        loss_scale: asked once a step, on the exchange's lane, what gradients are multiples of.
 
     Attributes:
         plan, store, tensors, gradients: what is exchanged; see :meth:`use`.
@@ -100,7 +101,8 @@ class Stepper:
                 if position not in waiting:
                     raise GradientError(
                         f"parameter {self.plan.table[position].name!r} got a second gradient before the first was "
-                        "exchanged; was a backward pass interrupted?"
+                        "exchanged; was a backward pass interrupted, or is it used in two reentrant checkpoints? "
+                        "(checkpoint(..., use_reentrant=False) may be)"
                     )
                 waiting.discard(position)
             # Every rank submits every bucket in the same order, ready ones waiting for those before them.
@@ -131,11 +133,10 @@ class Stepper:
         self._waiting = None
         self._works: list[BucketWork] = []
         self._record = StepRecord()
-        self._loss_scale = 1.0
+        # Asked there, for GradScaler waits for the CUDA stream that computes it: backward must not.
+        self._loss_scale = functools.cache(self._ask_loss_scale)
 
     def _submit(self, bucket: Bucket) -> None:
-        if not self._works:
-            self._loss_scale = self._ask_loss_scale()
         for position in bucket.parameters:
             check_gradient(self.plan.table[position].name, self.gradients.get(position))
         work = BucketWork(

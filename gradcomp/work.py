@@ -35,8 +35,9 @@ class BucketWork(Work):
     Args:
         gradients: where they lie; says which one's memory may become a residual, and be exchanged for the residual's.
         scale: what sums are multiplied by: 1, or 1 / world_size for the mean.
-        loss_scale: what gradients are multiples of (torch.amp.GradScaler's). Compressors with state see them divided
-            by it, or a threshold would mean nothing and a residual would change its unit.
+        loss_scale: gives what gradients are multiples of (torch.amp.GradScaler's); asked on the exchange's own lane.
+            Compressors with state see them divided by it, or a threshold would mean nothing and a residual would
+            change its unit.
         watch_dense: look for non-finite sums in stateless pieces too, for the sake of other pieces' residuals.
     """
 
@@ -53,7 +54,7 @@ class BucketWork(Work):
         record: StepRecord,
         step: int,
         scale: float,
-        loss_scale: float,
+        loss_scale: Callable[[], float],
         watch_dense: bool,
     ) -> None:
         self.rank = transport.rank
@@ -303,14 +304,16 @@ class BucketWork(Work):
             return
         part = out[piece.start : piece.stop]
         kernels.clear(part)
-        plain = self._bucket.units[piece.unit].codec.stateless
-        scale = self._scale if plain else self._scale * self._loss_scale
+        # The unit's: a schedule's packets are decoded by the compressor of its stage.
+        stateless = self._bucket.units[piece.unit].codec.stateless
         for packet in packets:
             if packet is not None:
-                piece.codec.decompress_add(packet, part, scale)
+                piece.codec.decompress_add(packet, part, self._scale)
         if not any(packet is not None and packet.is_nonfinite for packet in packets):
             piece.codec.aggregate(part)
-        if self._watch_dense and piece.codec.stateless and not kernels.all_finite(part):
+        if not stateless and self._loss_scale() != 1.0:
+            part *= self._loss_scale()
+        if self._watch_dense and stateless and not kernels.all_finite(part):
             self.nonfinite = True
         self._undelivered[piece.unit] -= piece.numel
         if self._undelivered[piece.unit] == 0:
@@ -321,7 +324,8 @@ class BucketWork(Work):
         unit = self._bucket.units[index]
         if index not in self._joined:
             waiting = [self._store.waiting(self._table[p].name) for p in unit.parameters]
-            scaled = self._loss_scale != 1.0 and not unit.codec.stateless
+            scale = self._loss_scale()
+            scaled = scale != 1.0 and not unit.codec.stateless
             if len(unit.parameters) == 1 and waiting[0] is None and not scaled:
                 grad = self._gradients.get(unit.parameters[0])
                 return None if grad is None else grad.detach().contiguous()
@@ -336,9 +340,9 @@ class BucketWork(Work):
                     continue
                 part.copy_(grad.detach().reshape(-1))
                 if scaled:
-                    part /= self._loss_scale
-                if held is not None:
-                    part += held.to(self._device)
+                    part /= scale
+                if held is not None:  # in units of the gradient, whatever the loss was multiplied by
+                    part.add_(held.to(self._device), alpha=1.0 if scaled else scale)
                     self._waited.append(self._table[p].name)
             self._joined[index] = flat
         return self._joined[index].view(unit.shape)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from gradcomp.buffers import BufferPolicy
 from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
 from gradcomp.integrations.closures import check_line_search, refuse_closure, share_loss
-from gradcomp.interfaces import Exchange, Transport
+from gradcomp.interfaces import Compressor, Exchange, Transport
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 
@@ -48,7 +50,9 @@ def attach(
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
         exchange: likewise.
         model: gives parameters their names in messages and checkpoints, and buffers to start from rank 0's. Without it
-            parameters are called ``group0.0``, ``group0.1``, ... and buffers are left alone.
+            parameters are called ``group0.0``, ``group0.1``, ... and buffers are left alone. Any of its parameters may
+            be added in mid-run (``optimizer.add_param_group``); without it, about as much again as there is at first,
+            or 256k elements.
         reduction: ``"mean"`` or ``"sum"`` over ranks.
         when: ``"backward"``: the exchange starts as gradients become ready and is over when ``backward()`` returns, so
             clipping, schedulers and logging see what they would see with DistributedDataParallel; ``"step"``: it
@@ -87,15 +91,16 @@ def attach(
             'attach: when="step" is not allowed with LBFGS, which computes gradients anew within a step; '
             'when must be "backward"'
         )
+    named = _named(optimizer, model)
     sync = GradientExchange(
-        _named(optimizer, model),
+        named,
         compressor=choose(compressor),
         transport=registry.transport(transport),
         exchange=registry.exchange(exchange),
         buffers=others,
         synced=[] if model is None else list(model.buffers()),
         buffer_policy=policy,
-        later=[p for p in others if isinstance(p, nn.Parameter)],
+        later=[p for _, p in named] if model is None else [p for p in others if isinstance(p, nn.Parameter)],
         reduction=reduction,
         when=when,
         bucket_bytes=bucket_bytes,
@@ -113,8 +118,53 @@ def attach(
 
     if when == "step":
         sync.add_handle(optimizer.register_step_pre_hook(before_step))
+    else:
+        sync.add_handle(optimizer.register_step_pre_hook(_WatchSteps(sync, scaler)))
     sync.add_handle(_FollowGroups(optimizer, lambda: sync.set_parameters(_named(optimizer, model))))
     return sync
+
+
+class _WatchSteps:
+    """Says, before an optimizer step, what is most likely a mistake; each once."""
+
+    def __init__(self, sync: GradientExchange, scaler: GradScaler | None) -> None:
+        self._sync, self._scaler = sync, scaler
+        self._seen_step = sync.step
+        self._looked_for_scaler = self._warned = False
+
+    def __call__(self, _: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # A closure, as LBFGS wants one, calls backward only after this.
+        closure = kwargs.get("closure") or any(map(callable, args))
+        without = self._sync.step == self._seen_step and not closure
+        self._seen_step = self._sync.step
+        if without and self._sync.world_size > 1 and not self._warned:
+            self._warned = True
+            logging.getLogger("gradcomp").warning(
+                "rank %d: optimizer.step() without an exchange since the step before: no backward pass reached a "
+                "parameter, or all were inside no_sync(). Other ranks wait for this one unless they did the same; "
+                "sync.exchange() takes part without a gradient",
+                self._sync.rank,
+            )
+        if not self._looked_for_scaler:
+            self._looked_for_scaler = True
+            used = _scaler_that_steps()
+            plain = isinstance(self._sync.compressor, Compressor) and self._sync.compressor.stateless
+            if used is not None and used is not self._scaler and not plain:
+                logging.getLogger("gradcomp").warning(
+                    "gradients are multiplied by a GradScaler that attach() was not given: thresholds and residuals "
+                    "are in units that change with its scale; pass attach(..., scaler=scaler)"
+                )
+
+
+def _scaler_that_steps() -> GradScaler | None:
+    """The GradScaler whose step() calls the optimizer's; nothing else on an optimizer tells that there is one."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is GradScaler.step.__code__:
+            found = frame.f_locals["self"]
+            return found if isinstance(found, GradScaler) else None
+    return None
 
 
 class _FollowGroups:
@@ -126,7 +176,12 @@ class _FollowGroups:
 
         def add_param_group(param_group: dict[str, Any]) -> None:
             original(param_group)
-            changed()
+            try:
+                changed()
+            except BaseException:
+                # A group that is not exchanged would drift apart on the ranks.
+                optimizer.param_groups.pop()
+                raise
 
         optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
 
@@ -137,7 +192,10 @@ class _FollowGroups:
 
 def _named(optimizer: Optimizer, model: nn.Module | None) -> list[tuple[str, Tensor]]:
     """Names and parameters; the model's order of registration where there is a model, else the optimizer's."""
-    groups = [[p for p in group["params"] if p.is_floating_point()] for group in optimizer.param_groups]
+    # Integers have no gradients. Complex numbers do, and are refused by name.
+    groups = [
+        [p for p in group["params"] if p.is_floating_point() or p.is_complex()] for group in optimizer.param_groups
+    ]
     if not any(p.requires_grad for group in groups for p in group):
         raise ConfigError("the optimizer has no parameters that require a gradient: there is nothing to exchange")
     if model is None:

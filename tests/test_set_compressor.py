@@ -201,8 +201,8 @@ def test_ranks_that_disagree_all_get_an_error_and_go_on(
 
 def test_a_compressor_that_may_send_more_than_agreed_is_refused() -> None:
     def rank_main(transport: Any) -> None:
-        weight = nn.Parameter(torch.zeros(2000, 1000))
-        with attach(None, torch.optim.SGD([weight], lr=1.0), transport, compressor="threshold") as sync:
+        net = nn.Linear(1000, 2000, bias=False)  # all of the model: no room is left for more
+        with attach(net, torch.optim.SGD(net.parameters(), lr=1.0), transport, compressor="threshold") as sync:
             with pytest.raises(gradcomp.ConfigError, match="agreed on"):
                 sync.set_compressor("topk:ratio=1")
             sync.set_compressor("topk:ratio=0.5")
