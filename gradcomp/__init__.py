@@ -21,6 +21,7 @@ from gradcomp.errors import (
     TransportTimeout,
     WorkerFailed,
 )
+from gradcomp.exchanges.hierarchical import hierarchical
 from gradcomp.integrations.optimizer import attach
 from gradcomp.interfaces import Compressor, Exchange, LinearCompressor, Transport
 from gradcomp.packet import Packet
@@ -63,5 +64,6 @@ __all__ = [
     "available_transports",
     "compressor",
     "exchange",
+    "hierarchical",
     "transport",
 ]

@@ -94,6 +94,8 @@ class GradientExchange:
         self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
         self._syncing = True
         self._closed = False
+        # How many exchange packets: all ranks, or the leaders of hosts.
+        self._parties = transport.world_size if transport.levels is None else transport.levels.hosts
         self._handles: list[Handle] = []
         tensors = [tensor for _, tensor in named_parameters]
         plan = self._make_plan(named_parameters, compressor)
@@ -107,7 +109,7 @@ class GradientExchange:
             loss_scale=loss_scale or (lambda: 1.0),
         )
         everything = [*tensors, *buffers]
-        most = plan.most_bytes(exchange, transport.world_size)
+        most = plan.most_bytes(exchange, self._parties)
         self._longest, self._all_together = message_bounds(most, everything, later)
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
         transport.connect(
@@ -197,13 +199,13 @@ class GradientExchange:
             of compressed elements that was sent), ``tau`` (mean over tensors), ``compress_ms``, ``wait_ms``
             (training thread waiting), ``decompress_ms``, ``hidden_fraction`` (share of the time on the wire that
             backward hid), ``parameters`` (the same by name). Now: ``residual_norm``, and ``compressors``: each
-            parameter's, as a spec string, by name.
+            parameter's, as a spec string, by name. With hosts as levels (exchange ``hierarchical``) also
+            ``bytes_sent_between`` and ``bytes_received_between``: what of all bytes crossed between hosts.
         """
         return self._stepper.totals.as_dict() | {
             "compressors": dict(self._stepper.plan.specs),
-            "bytes_sent": self.transport.bytes_sent,
-            "bytes_received": self.transport.bytes_received,
             "residual_norm": self._stepper.store.residual_norm(),
+            **self.transport.traffic(),
         }
 
     def average(self, tensor: Tensor) -> Tensor:
@@ -367,7 +369,7 @@ class GradientExchange:
             compressor,
             dense=self._dense,
             exchange=self.exchange_kind,
-            world_size=self.world_size,
+            world_size=self._parties,
             bucket_bytes=self._bucket_bytes,
         )
 

@@ -21,7 +21,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from gradcomp.errors import ConfigError
-from gradcomp.interfaces import Compressor, Exchange, Transport
+from gradcomp.interfaces import Compressor, Exchange, Part, Transport
 from gradcomp.options import Configured
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "format_spec",
     "parse_spec",
     "transport",
+    "transport_for_part",
 ]
 
 T = TypeVar("T", bound=Configured)
@@ -113,6 +114,12 @@ def _available(group: str) -> list[str]:
 def _build(group: str, kind: type[T], spec: Spec | T) -> T:
     if isinstance(spec, kind):
         return spec
+    cls, options = _find(group, kind, spec)
+    return cls.from_options(options)
+
+
+def _find(group: str, kind: type[T], spec: object) -> tuple[type[T], dict[str, object]]:
+    """The class a spec names, and the options it gives."""
     if isinstance(spec, str):
         name, options = parse_spec(spec)
     elif isinstance(spec, Mapping):
@@ -132,7 +139,7 @@ def _build(group: str, kind: type[T], spec: Spec | T) -> T:
     cls = point.load()
     if not (isinstance(cls, type) and issubclass(cls, kind)):
         raise ConfigError(f"{group}: {name!r} ({point.value}) is not a {kind.__name__}")
-    return cls.from_options(options)
+    return cls, options
 
 
 def compressor(spec: Spec | Compressor) -> Compressor:
@@ -151,6 +158,19 @@ def transport(spec: Spec | Transport) -> Transport:
         ConfigError: as :func:`compressor`; also when torchrun's environment is half set.
     """
     return _build("transports", Transport, spec)  # type: ignore[type-abstract]
+
+
+def transport_for_part(spec: Spec, part: Part) -> Transport:
+    """As :func:`transport`, for some ranks of the run only.
+
+    Raises:
+        ConfigError: also where the transport cannot be had for a part.
+    """
+    cls, options = _find("transports", Transport, spec)  # type: ignore[type-abstract]
+    for option in ("rank", "world_size"):
+        if option in options:
+            raise ConfigError(f"{cls.id}: option {option!r} is not to be given here: it follows from the hosts")
+    return cls.for_part(options, part)
 
 
 def exchange(spec: Spec | Exchange) -> Exchange:

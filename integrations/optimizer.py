@@ -24,7 +24,7 @@ def attach(
     optimizer: Optimizer,
     *,
     compressor: Spec | Choice = "threshold",
-    transport: Spec | Transport = "zmq",
+    transport: Spec | Transport | None = None,
     exchange: Spec | Exchange = "auto",
     model: nn.Module | None = None,
     reduction: str = "mean",
@@ -44,6 +44,7 @@ def attach(
         compressor: a spec string, config dict or Compressor; ``gradcomp.available_compressors()`` lists them. Or
             :class:`gradcomp.Rules` for each parameter's, their config, or ``"@FILE"``, a JSON file that holds it.
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
+            None: ``zmq``, or what the exchange brings.
         exchange: likewise.
         model: gives parameters their names in messages and checkpoints, and buffers to start from rank 0's. Without it
             parameters are called ``group0.0``, ``group0.1``, ... and buffers are left alone.
@@ -79,11 +80,12 @@ def attach(
     if policy.policy != "alone" and model is None:
         raise ConfigError(f"attach: buffers={buffers!r} needs model=, whose buffers are meant")
     others = _others(model, optimizer)
+    kind = registry.exchange(exchange)
     sync = GradientExchange(
         _named(optimizer, model),
         compressor=choose(compressor),
-        transport=registry.transport(transport),
-        exchange=registry.exchange(exchange),
+        transport=kind.transport(transport),
+        exchange=kind,
         buffers=others,
         synced=[] if model is None else list(model.buffers()),
         buffer_policy=policy,
