@@ -1,8 +1,8 @@
 """Gradients inside a host: added up by its leader, who exchanges the sum with other leaders and hands out the result.
 
 What a member sends for a bucket is the gradients it has, joined flat, in float32 or bfloat16, and a byte a parameter
-that says whether it has one. What comes back at the end of the step is the same for the result, in float32, and one more
-byte: whether a rank, anywhere, saw a non-finite value. So all ranks put exactly the leader's values in place.
+that says whether it has one. What comes back at the end of the step is the same for the result, in float32, and one
+more byte: whether a rank, anywhere, saw a non-finite value. So all ranks put exactly the leader's values in place.
 """
 
 from __future__ import annotations
