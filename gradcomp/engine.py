@@ -87,6 +87,8 @@ class GradientExchange:
         check_integer("attach", "digest_every", digest_every, at_least=0)
         self._check_parameters(named_parameters)
         self._names = [name for name, _ in named_parameters]
+        transport.check_device(named_parameters[0][1].device)
+        exchange = exchange.on(transport)
         self.transport, self.exchange_kind = transport, exchange
         self._reduction, self._when, self._digest_every = reduction, when, digest_every
         self._bucket_bytes = bucket_bytes

@@ -135,6 +135,9 @@ class Transport(Configured, ABC):
         """
         raise ConfigError(f"{cls.id}: this transport is for all ranks of a run; it cannot be one level of a hierarchy")
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError if gradients on ``device`` cannot go this way; called before :meth:`connect`."""
+
     @abstractmethod
     def connect(
         self,

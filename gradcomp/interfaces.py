@@ -299,6 +299,10 @@ class Exchange(Configured, ABC):
 
         return transport("zmq" if given is None else given)
 
+    def on(self, transport: Transport) -> Exchange:
+        """This exchange as it is run over ``transport``: itself, unless it chooses by what a transport can do."""
+        return self
+
     @abstractmethod
     def cut(self, units: Sequence[Unit], world_size: int) -> list[Piece]:
         """Cut a bucket's units into pieces, the same on every rank, in order, covering every element once."""

@@ -33,6 +33,7 @@ __all__ = [
     "format_spec",
     "parse_spec",
     "transport",
+    "transport_class",
     "transport_for_part",
 ]
 
@@ -171,6 +172,11 @@ def transport_for_part(spec: Spec, part: Part) -> Transport:
         if option in options:
             raise ConfigError(f"{cls.id}: option {option!r} is not to be given here: it follows from the hosts")
     return cls.for_part(options, part)
+
+
+def transport_class(spec: Spec) -> type[Transport]:
+    """The class of the transport that a spec names."""
+    return _find("transports", Transport, spec)[0]  # type: ignore[type-abstract]
 
 
 def exchange(spec: Spec | Exchange) -> Exchange:

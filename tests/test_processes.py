@@ -65,7 +65,11 @@ class Ranks:
         }
         self.processes.append(
             subprocess.Popen(
-                [sys.executable, str(self._script), json.dumps(options)], env=env, stdout=subprocess.PIPE, text=True
+                [sys.executable, str(self._script), json.dumps(options)],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
         )
 
@@ -74,6 +78,14 @@ class Ranks:
         assert stdout is not None
         found: dict[str, Any] = json.loads(stdout.readline())
         return found
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
 
 @pytest.fixture
@@ -85,11 +97,7 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     try:
         yield started
     finally:
-        for process in started.processes:
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+        started.end()
         assert time.monotonic() < watchdog, "took too long"
 
 

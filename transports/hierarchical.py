@@ -20,7 +20,7 @@ from gradcomp.errors import ConfigError, HandshakeError, PacketError, TransportE
 from gradcomp.hosts import at_level
 from gradcomp.interfaces import Buffer, Incoming, Levels, Part, Slot, Transport
 from gradcomp.options import check_choice, check_integer
-from gradcomp.registry import Spec, transport_for_part
+from gradcomp.registry import Spec, transport_class, transport_for_part
 from gradcomp.transports import environment
 
 __all__ = ["HierarchicalTransport"]
@@ -90,9 +90,15 @@ class HierarchicalTransport(Transport):
             hosts=hosts,
             dtype=_DTYPES[self.local_dtype],
         )
+        self.adds_up = transport_class(self.between).adds_up  # where packets cross; members must know, too
         self.arrival = self._local.arrival
         self.timeout_s = self._local.timeout_s
         self._connected = self._closed = False
+
+    def check_device(self, device: torch.device) -> None:
+        self._local.check_device(device)
+        if self._between is not None:
+            self._between.check_device(device)
 
     # -- meeting -------------------------------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ class Mailbox:
     """Messages by (peer, slot), claimed before or after they come. Every method may be called from any thread.
 
     Attributes:
+        rank, timeout_s: the transport's.
         arrival: notified whenever a claimed message is here or lost.
         max_unclaimed_bytes: most a peer may send before it is asked for; None: no limit.
     """
@@ -56,8 +57,8 @@ class Mailbox:
     def __init__(self, rank: int, timeout_s: float) -> None:
         self.arrival = threading.Condition()
         self.max_unclaimed_bytes: int | None = None
-        self._rank = rank
-        self._timeout_s = timeout_s
+        self.rank = rank
+        self.timeout_s = timeout_s
         self._claimed: dict[tuple[int, Slot], Received] = {}
         self._unclaimed: dict[tuple[int, Slot], tuple[int, memoryview | None]] = {}  # size, and the data once complete
         self._unclaimed_bytes: dict[int, int] = {}
@@ -138,12 +139,12 @@ class Mailbox:
             TransportTimeout: it was not within the timeout.
         """
         with self.arrival:
-            if self.arrival.wait_for(lambda: received.done, self._timeout_s):
+            if self.arrival.wait_for(lambda: received.done, self.timeout_s):
                 return
         step, bucket, stage = received.slot
         raise TransportTimeout(
-            f"rank {self._rank}: nothing from rank {received.peer} for step {step}, bucket {bucket}, "
-            f"stage {stage} within {self._timeout_s:g} s"
+            f"rank {self.rank}: nothing from rank {received.peer} for step {step}, bucket {bucket}, "
+            f"stage {stage} within {self.timeout_s:g} s"
         )
 
     def _settle(self, keys: list[tuple[int, Slot]], error: TransportError) -> None:

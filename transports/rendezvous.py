@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import msgpack
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from gradcomp.errors import HandshakeError, TransportError, TransportTimeout
 
@@ -207,6 +207,14 @@ class Meeting:
             reason = str(error).partition("\n")[0]
             raise TransportError(f"rank {self._rank}: lost the rendezvous at {self._where}: {reason}") from error
         return found
+
+    def store(self, timeout_s: float) -> PrefixStore:
+        """Another connection to the store, for more of this meeting; whoever waits in it keeps nobody else waiting."""
+        _, host, port, _ = self._key
+        store = TCPStore(
+            host, port, None, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+        )
+        return PrefixStore(self._prefix, store)
 
     def _read(self, peer: int, data: bytes) -> Record:
         record = Record.unpack(data, rank=self._rank, peer=peer)

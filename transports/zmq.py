@@ -21,8 +21,8 @@ from typing import ClassVar
 import xxhash
 import zmq
 
-from gradcomp.errors import PacketError, TransportError, TransportTimeout
-from gradcomp.handshake import compare, pack, unpack
+from gradcomp.errors import TransportError
+from gradcomp.handshake import pack
 from gradcomp.interfaces import Buffer, Incoming, Part, Slot, Transport
 from gradcomp.options import check_flag, check_integer, check_number, check_text
 from gradcomp.transports import environment
@@ -30,6 +30,7 @@ from gradcomp.transports.addresses import check_reachable, endpoint, listening_a
 from gradcomp.transports.chunks import Outgoing
 from gradcomp.transports.frames import DATA, HELLO, MAX_CHUNK_BYTES
 from gradcomp.transports.frames import VERSION as FRAME_VERSION
+from gradcomp.transports.greeting import greet
 from gradcomp.transports.inbound import Session
 from gradcomp.transports.mailbox import Mailbox, check_address
 from gradcomp.transports.pacing import paced_chunk_bytes, parse_rate
@@ -41,7 +42,6 @@ __all__ = ["ZmqTransport"]
 
 _PATIENCE_S = 10.0  # for peers that are there but do not read
 _REFUSED_PATIENCE_S = 1.0
-_GRACE_S = 2.0  # for the hello that explains why another rank left
 _UNCLAIMED_BYTES = 1 << 30
 
 
@@ -144,7 +144,10 @@ class ZmqTransport(Transport):
         deadline = time.monotonic() + self.timeout_s
         try:
             full_hello = self._open(hello, deadline)
-            self._greet(full_hello, deadline)
+            assert self._courier is not None
+            links = self._courier.links
+            names = {peer: f"{peer} at {link.endpoint}" for peer, link in links.items()}
+            greet(full_hello, links, names, self._mailbox, deadline)
         except BaseException:
             self._close(_REFUSED_PATIENCE_S)
             raise
@@ -209,37 +212,6 @@ class ZmqTransport(Transport):
         for link in links:
             self._courier.post(link.peer, Letter(HELLO, NO_SLOT, greeting))
         return full_hello
-
-    def _greet(self, hello: Mapping[str, str | int | bytes], deadline: float) -> None:
-        """Wait for everybody's hello. One that differs outranks a peer that left: it is why that one left."""
-        assert self._courier is not None
-        links = self._courier.links
-        waiting = set(links)
-        lost_since: float | None = None
-        with self.arrival:
-            while True:
-                for peer in sorted(waiting):
-                    said = links[peer].hello
-                    if said is not None:
-                        waiting.discard(peer)
-                        try:
-                            theirs = unpack(said)
-                        except PacketError as error:
-                            raise TransportError(f"rank {self.rank}: hello of rank {peer}: {error}") from None
-                        compare(hello, theirs, rank=self.rank, peer=peer)
-                if not waiting:
-                    return
-                now = time.monotonic()
-                lost = [error for error in map(self._mailbox.lost, links) if error is not None]
-                if lost and lost_since is None:
-                    lost_since = now
-                until = deadline if lost_since is None else min(deadline, lost_since + _GRACE_S)
-                if now >= until:
-                    if lost:
-                        raise lost[0]
-                    names = ", ".join(f"{peer} at {links[peer].endpoint}" for peer in sorted(waiting))
-                    raise TransportTimeout(f"rank {self.rank}: no hello from rank {names} within {self.timeout_s:g} s")
-                self.arrival.wait(until - now)
 
     def send(self, peer: int, slot: Slot, parts: Sequence[Buffer]) -> None:
         courier = self._check_open(peer, slot)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from gradcomp.bucket import Piece, Unit
 from gradcomp.exchanges.all_gather import AllGather
 from gradcomp.exchanges.all_reduce import AllReduce
 from gradcomp.exchanges.two_shot import TwoShot
-from gradcomp.interfaces import Compressor, Exchange, Incoming, LinearCompressor, Work
-from gradcomp.options import check_integer
+from gradcomp.interfaces import Compressor, Exchange, Incoming, LinearCompressor, Transport, Work
+from gradcomp.options import check_flag, check_integer
 
 __all__ = ["Auto"]
 
@@ -31,17 +31,25 @@ class Auto(Exchange):
 
     Attributes:
         trip_bytes: bytes the link carries in the time of one more trip; the default is 2 ms at 1 Gb/s.
+        native_sums: whether the transport has an all-reduce of its own; None: ask it.
     """
 
     id: ClassVar[str] = "auto"
     trip_bytes: int = 262_144
+    native_sums: bool | None = None
 
     def __post_init__(self) -> None:
         check_integer(self.id, "trip_bytes", self.trip_bytes, at_least=0)
+        if self.native_sums is not None:
+            check_flag(self.id, "native_sums", self.native_sums)
+
+    def on(self, transport: Transport) -> Exchange:
+        """With ``native_sums`` decided, so that ranks whose transports differ in it are refused at the handshake."""
+        return self if self.native_sums is not None else replace(self, native_sums=transport.adds_up)
 
     def cut(self, units: Sequence[Unit], world_size: int) -> list[Piece]:
         """As the exchange chosen cuts; the choice is the same on every rank, for it rests on the configs alone."""
-        if _adds_up([unit.codec for unit in units], world_size):
+        if self._adds_up([unit.codec for unit in units], world_size):
             return AllReduce(trip_bytes=self.trip_bytes).cut(units, world_size)
         packet_bytes = sum(unit.codec.typical_nbytes(unit.numel) for unit in units)
         saved = (world_size - 1) * (1 - 2 / world_size) * packet_bytes
@@ -50,12 +58,12 @@ class Auto(Exchange):
 
     def run(self, work: Work) -> Generator[Sequence[Incoming], None, None]:
         """As the exchange chosen runs: pieces with an owner were cut by two-shot."""
-        if _adds_up([piece.codec for piece in work.pieces], work.world_size):
+        if self._adds_up([piece.codec for piece in work.pieces], work.world_size):
             return AllReduce(trip_bytes=self.trip_bytes).run(work)
         owned = any(piece.owner is not None for piece in work.pieces)
         return (TwoShot() if owned else AllGather()).run(work)
 
-
-def _adds_up(codecs: Sequence[Compressor], world_size: int) -> bool:
-    linear = all(isinstance(codec, LinearCompressor) for codec in codecs)
-    return world_size > 2 and linear and not all(codec.stateless for codec in codecs)
+    def _adds_up(self, codecs: Sequence[Compressor], world_size: int) -> bool:
+        if not all(isinstance(codec, LinearCompressor) for codec in codecs):
+            return False
+        return world_size > 1 if self.native_sums else world_size > 2 and not all(codec.stateless for codec in codecs)

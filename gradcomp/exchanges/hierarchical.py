@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 from gradcomp import registry
@@ -52,7 +53,7 @@ class Hierarchical(Exchange):
         if isinstance(self._between, Hierarchical):
             raise ConfigError(f"{self.id}: exchange={self.exchange!r} is not allowed: there are two levels, no more")
 
-    @property
+    @cached_property
     def _between(self) -> Exchange:
         return registry.exchange(self.exchange)
 
@@ -74,6 +75,10 @@ class Hierarchical(Exchange):
             )
         options = {"local": self.local, "between": self.between, "local_dtype": self.local_dtype}
         return registry.transport({"id": self.id, "ranks_per_host": self.ranks_per_host, **options})
+
+    def on(self, transport: Transport) -> Exchange:
+        """With the exchange between hosts as it is run over the transport between them."""
+        return replace(self, exchange=self._between.on(transport).config())
 
     def cut(self, units: Sequence[Unit], world_size: int) -> list[Piece]:
         """As the exchange between hosts cuts, for as many ranks as there are hosts."""
