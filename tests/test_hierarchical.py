@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -21,22 +22,24 @@ HIERARCHIES = [(2, 2), (1, 4), (4, 1), (2, 3)]  # hosts, ranks of each
 STEPS = 4
 
 
-def run_hosts(hosts: int, ranks: int, function: Callable[[Any], Any], **options: Any) -> list[Any]:
+def run_hosts(
+    hosts: int, ranks: int, function: Callable[[Any], Any], *, timeout_s: float = 20, **options: Any
+) -> list[Any]:
     """As run_ranks, with a hierarchical transport for each rank."""
-    name = uuid.uuid4().hex
+    level = f"inproc:hub={uuid.uuid4().hex},timeout_s={timeout_s}"
     transports = [
         HierarchicalTransport(
             rank=rank,
             world_size=hosts * ranks,
             ranks_per_host=ranks,
-            **{"local": f"inproc:hub={name},timeout_s=20", "between": f"inproc:hub={name},timeout_s=20"} | options,
+            **{"local": level, "between": level} | options,
         )
         for rank in range(hosts * ranks)
     ]
     return testing_transport.run_ranks(transports, function)
 
 
-def hosts_outcomes(hosts: int, ranks: int, function: Callable[[Any], Any], **options: Any) -> list[Any]:
+def outcomes(hosts: int, ranks: int, function: Callable[[Any], Any], **options: Any) -> list[Any]:
     """As run_hosts, with each rank's error in place of its result."""
 
     def caught(transport: Any) -> Any:
@@ -302,16 +305,160 @@ def test_only_leaders_cross() -> None:
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_that_differ_are_told_on_every_rank() -> None:
-    for odd in range(4):
+@pytest.mark.parametrize("odd", [0, 3])
+def test_ranks_that_differ_are_refused_on_every_rank(odd: int) -> None:
+    def rank_main(transport: Any) -> None:
+        net = small_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        attach(net, optimizer, transport, compressor="none" if transport.rank == odd else "fp16")
 
-        def rank_main(transport: Any, odd: int = odd) -> None:
-            net = small_net()
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-            attach(net, optimizer, transport, compressor="none" if transport.rank == odd else "fp16")
+    for error in outcomes(2, 2, rank_main):
+        assert isinstance(error, gradcomp.HandshakeError)
+        assert error.field == "compressor"
 
-        found = hosts_outcomes(2, 2, rank_main)
-        # A host that is at one finds out between hosts; one that is not never gets there.
-        assert all(isinstance(error, gradcomp.TransportError) for error in found), found
-        same_host = [error for rank, error in enumerate(found) if rank // 2 == odd // 2]
-        assert all(isinstance(error, gradcomp.HandshakeError) and error.field == "compressor" for error in same_host)
+
+def test_hosts_that_differ_are_refused_on_every_rank() -> None:
+    def rank_main(transport: Any) -> None:
+        net = nn.Linear(8, 8 + transport.rank // 2)
+        attach(net, torch.optim.SGD(net.parameters(), lr=0.05), transport)
+
+    for error in outcomes(2, 2, rank_main):
+        assert isinstance(error, gradcomp.HandshakeError)
+        assert error.field == "tensors"
+        assert "between hosts" in str(error)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_rank_that_never_comes(missing: int) -> None:
+    """A member keeps its host from starting, and a leader both; nobody waits for ever."""
+
+    def rank_main(transport: Any) -> None:
+        net = small_net()
+        if transport.rank != missing:
+            attach(net, torch.optim.SGD(net.parameters(), lr=0.05), transport)
+
+    found = outcomes(2, 2, rank_main, timeout_s=1)
+    assert found.pop(missing) is None
+    assert all(isinstance(error, gradcomp.TransportError) for error in found)
+    assert any(isinstance(error, gradcomp.TransportTimeout) for error in found)
+
+
+@pytest.mark.parametrize("leaving", [0, 2, 3])
+@pytest.mark.parametrize("compressor", ["none", "threshold:density=0.05"])
+def test_a_rank_that_leaves_takes_all_others_along(leaving: int, compressor: str) -> None:
+    def rank_main(transport: Any) -> None:
+        net = small_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        with attach(net, optimizer, transport, compressor=compressor) as sync:
+            for step in range(6):
+                if step == 3 and transport.rank == leaving:
+                    sync.close()
+                    return
+                train_step(net, optimizer, sync.rank, step)
+
+    found = outcomes(2, 2, rank_main)
+    assert found.pop(leaving) is None
+    for error in found:
+        assert isinstance(error, gradcomp.PeerLost)
+    # The ranks next to it name it, by its number in the run.
+    assert leaving in [error.peer for error in found]
+
+
+def test_a_rank_that_stops_is_waited_for_only_so_long() -> None:
+    gone = threading.Event()
+
+    def rank_main(transport: Any) -> None:
+        net = small_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        with attach(net, optimizer, transport):
+            train_step(net, optimizer, transport.rank, 0)
+            if transport.rank == 3:
+                gone.wait(20)
+                return
+            try:
+                train_step(net, optimizer, transport.rank, 1)
+            finally:
+                if transport.rank == 2:
+                    gone.set()
+
+    found = outcomes(2, 2, rank_main, timeout_s=1)
+    assert found[3] is None
+    assert isinstance(found[2], gradcomp.TransportTimeout)
+    assert "inside host 1 (rank 0 is 2)" in str(found[2])
+    assert all(isinstance(error, gradcomp.TransportError) for error in found[:2])
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_exchange_and_its_config() -> None:
+    exchange = gradcomp.hierarchical(local="gloo", between={"id": "zmq", "insecure": True}, exchange="two_shot")
+    assert gradcomp.exchange(exchange.config()) == exchange
+    assert (
+        gradcomp.exchange('hierarchical:local=gloo,between={"id":"zmq","insecure":true},exchange=two_shot') == exchange
+    )
+    spec = 'hierarchical:local=gloo,between="zmq:rate=100mbit,insecure=true",local_dtype=bfloat16'
+    transport = gradcomp.exchange(spec).transport(None)
+    assert transport.levels is not None
+    assert transport.levels.dtype == torch.bfloat16
+    assert (transport.rank, transport.world_size, transport.levels.hosts) == (0, 1, 1)
+    assert gradcomp.exchange(spec).transport("zmq:rate=100mbit,insecure=true").levels is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"local": "pigeon"}, "unknown transport 'pigeon'"),
+        ({"local": "inproc", "between": "zmq:speed=1"}, "unknown option 'speed'"),
+        ({"local": "inproc", "between": "zmq:rank=1"}, "'rank' is not to be given"),
+        ({"local": "inproc", "between": "hierarchical"}, "cannot be one level"),
+        ({"local": "inproc", "between": 7}, "between=7 is not allowed"),
+        ({"local": "inproc", "exchange": "hierarchical"}, "two levels, no more"),
+        ({"local": "inproc", "local_dtype": "int8"}, "one of float32, bfloat16"),
+        ({"local": "inproc", "ranks_per_host": 0}, "ranks_per_host=0"),
+        ({"local": "inproc", "ranks_per_host": 3}, "multiple of"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], text: str) -> None:
+    net = small_net()
+    with pytest.raises(gradcomp.ConfigError, match=text):
+        gradcomp.attach(
+            torch.optim.SGD(net.parameters(), lr=0.1), exchange=gradcomp.exchange({"id": "hierarchical", **options})
+        )
+
+
+def test_a_transport_that_contradicts_is_refused() -> None:
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(gradcomp.ConfigError, match="leave transport out, or change between"):
+        gradcomp.attach(optimizer, transport="inproc", exchange=gradcomp.hierarchical(local="inproc"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "must follow one another"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3", "LOCAL_RANK": "1"}, "must run as many"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_WORLD_SIZE": "2"},
+            "must run as many",
+        ),
+    ],
+)
+def test_hosts_come_from_the_environment(
+    environment: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    exchange = gradcomp.hierarchical(local="inproc")
+    with pytest.raises(gradcomp.ConfigError, match=text):
+        exchange.transport(None)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    levels = exchange.transport(None).levels
+    assert levels is not None
+    assert (levels.host, levels.hosts, levels.local.rank, levels.between) == (1, 2, 1, None)

@@ -118,8 +118,12 @@ class HierarchicalTransport(Transport):
         longest = max_message_bytes * self.world_size
         unclaimed = None if max_unclaimed_bytes is None else max(max_unclaimed_bytes, 2 * longest)
         try:
-            with at_level(self.levels, "local"):
-                self._local.connect(full_hello, max_message_bytes=longest, max_unclaimed_bytes=unclaimed)
+            try:
+                with at_level(self.levels, "local"):
+                    self._local.connect(full_hello, max_message_bytes=longest, max_unclaimed_bytes=unclaimed)
+            except HandshakeError as error:
+                self._refuse(full_hello, error, longest)
+                raise
             if self._between is None:
                 self._hear()
                 return
@@ -131,6 +135,14 @@ class HierarchicalTransport(Transport):
         except BaseException as error:
             self._give_up(error)
             raise
+
+    def _refuse(self, hello: dict[str, str | int | bytes], error: HandshakeError, longest: int) -> None:
+        """Let the other hosts know that this one is not at one: by saying something else than they do."""
+        if self._between is None:
+            return
+        different = b"" if isinstance(hello.get(error.field), bytes) else str(error)[:1000]
+        with contextlib.suppress(TransportError):
+            self._between.connect({**hello, error.field: different}, max_message_bytes=longest)
 
     def _give_up(self, error: BaseException) -> None:
         """Tell the members of this host why their leader leaves, and leave."""
