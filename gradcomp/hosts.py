@@ -34,12 +34,12 @@ def at_level(levels: Levels, which: str) -> Iterator[None]:
     """
     size = levels.local.world_size
     first, stride = (levels.host * size, 1) if which == "local" else (0, size)
-    where = f"inside host {levels.host} (rank 0 is {first}): " if which == "local" else "between hosts (by host): "
+    inside, across = f"inside host {levels.host} (rank 0 is {first}): ", "between hosts (by host): "
     try:
         yield
     except TransportError as error:
-        if not str(error).startswith(where):
-            error.args = (f"{where}{error}",)
+        if not str(error).startswith((inside, across)):  # it may pass here more than once
+            error.args = ((inside if which == "local" else across) + str(error),)
             if isinstance(error, (PeerLost, HandshakeError)) and error.peer >= 0:
                 error.peer = first + stride * error.peer
         raise

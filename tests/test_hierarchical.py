@@ -302,6 +302,28 @@ def test_only_leaders_cross() -> None:
         assert stats["steps"] == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("local_dtype", ["float32", "bfloat16"])
+def test_cuda_gradients(local_dtype: str) -> None:
+    """Ranks share one device here; what is inside the host goes through host memory."""
+
+    def rank_main(transport: Any) -> list[torch.Tensor]:
+        net = small_net(seed=transport.rank).cuda()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        with attach(net, optimizer, transport, compressor="threshold:density=0.05") as sync:
+            for step in range(STEPS):
+                inputs, targets = batch(sync.rank, step)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(inputs.cuda()), targets.cuda()).backward()
+                optimizer.step()
+            sync.check_replicas()
+        return parameters_of(net)
+
+    results = run_hosts(2, 2, rank_main, local_dtype=local_dtype)
+    assert all(torch.isfinite(p).all() for p in results[0])
+    assert_same(results)
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 

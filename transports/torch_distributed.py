@@ -18,7 +18,7 @@ import os
 import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -110,8 +110,7 @@ class TorchTransport(Transport):
         """A group of these ranks, who meet at the run's master; there need be no other process group."""
         if cls.backend is None:
             raise ConfigError(f"{cls.id}: which backend is meant for some ranks of a run? Name gloo or nccl")
-        cls.from_options(options)  # checks them
-        return cls(group=FromEnvironment(part), **dict(options))
+        return replace(cls.from_options(options), group=FromEnvironment(part))
 
     def _find_source(self) -> Source:
         group = self.group
