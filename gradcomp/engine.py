@@ -96,8 +96,6 @@ class GradientExchange:
         self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
         self._syncing = True
         self._closed = False
-        # How many exchange packets: all ranks, or the leaders of hosts.
-        self._parties = transport.world_size if transport.levels is None else transport.levels.hosts
         self._handles: list[Handle] = []
         tensors = [tensor for _, tensor in named_parameters]
         plan = self._make_plan(named_parameters, compressor)
@@ -111,7 +109,7 @@ class GradientExchange:
             loss_scale=loss_scale or (lambda: 1.0),
         )
         everything = [*tensors, *buffers]
-        most = plan.most_bytes(exchange, self._parties)
+        most = plan.most_bytes(exchange, transport.parties)
         self._longest, self._all_together = message_bounds(most, everything, later)
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
         transport.connect(
@@ -371,7 +369,7 @@ class GradientExchange:
             compressor,
             dense=self._dense,
             exchange=self.exchange_kind,
-            world_size=self._parties,
+            world_size=self.transport.parties,
             bucket_bytes=self._bucket_bytes,
         )
 

@@ -126,6 +126,11 @@ class Transport(Configured, ABC):
     adds_up: bool = False
     levels: Levels | None = None
 
+    @property
+    def parties(self) -> int:
+        """How many exchange packets: all ranks, or the leaders of hosts."""
+        return self.world_size if self.levels is None else self.levels.hosts
+
     @classmethod
     def for_part(cls: type[T], options: Mapping[str, object], part: Part) -> T:
         """A transport of the ranks of ``part`` only; ``options`` as for ``from_options``.
