@@ -21,6 +21,7 @@ from gradcomp.errors import (
     TransportTimeout,
     WorkerFailed,
 )
+from gradcomp.exchanges.hierarchical import hierarchical
 from gradcomp.integrations import ddp as _ddp  # noqa: F401  (gradcomp.integrations.ddp is part of the face)
 from gradcomp.integrations.checkpoint import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from gradcomp.integrations.checkpoint_dcp import Checkpoint
@@ -68,6 +69,7 @@ __all__ = [
     "available_transports",
     "compressor",
     "exchange",
+    "hierarchical",
     "load_checkpoint",
     "save_checkpoint",
     "transport",

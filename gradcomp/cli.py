@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         default="threshold",
         help="or @FILE: rules by parameter, in JSON; default: %(default)s",
     )
-    run.add_argument("--transport", metavar="SPEC", default="zmq", help="default: %(default)s")
+    run.add_argument("--transport", metavar="SPEC", help="default: zmq, or what the exchange brings")
     run.add_argument("--exchange", metavar="SPEC", default="auto", help="default: %(default)s")
     run.add_argument("--epochs", type=int, metavar="N", help="in place of the task's own")
     run.add_argument(

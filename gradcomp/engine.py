@@ -87,7 +87,7 @@ class GradientExchange:
         self._reduction, self._when, self._digest_every = reduction, when, digest_every
         self._planner = Planner(
             exchange=exchange,
-            world_size=transport.world_size,
+            world_size=transport.parties,
             bucket_bytes=bucket_bytes,
             dense=DenseRule() if dense is None else dense,
             accept=accept,
@@ -110,7 +110,7 @@ class GradientExchange:
             loss_scale=self._loss_scale,
         )
         everything = [*tensors, *buffers]
-        most = plan.most_bytes(exchange, transport.world_size)
+        most = plan.most_bytes(exchange, transport.parties)
         self._longest, self._all_together = message_bounds(most, everything, later)
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
         transport.connect(
@@ -205,13 +205,13 @@ class GradientExchange:
             of compressed elements that was sent), ``tau`` (mean over tensors), ``compress_ms``, ``wait_ms``
             (training thread waiting), ``decompress_ms``, ``hidden_fraction`` (share of the time on the wire that
             backward hid), ``parameters`` (the same by name). Now: ``residual_norm``, and ``compressors``: each
-            parameter's, as a spec string, by name.
+            parameter's, as a spec string, by name. With hosts as levels (exchange ``hierarchical``) also
+            ``bytes_sent_between`` and ``bytes_received_between``: what of all bytes crossed between hosts.
         """
         return self._stepper.totals.as_dict() | {
             "compressors": dict(self._stepper.plan.specs),
-            "bytes_sent": self.transport.bytes_sent,
-            "bytes_received": self.transport.bytes_received,
             "residual_norm": self._stepper.store.residual_norm(),
+            **self.transport.traffic(),
         }
 
     def average(self, tensor: Tensor) -> Tensor:

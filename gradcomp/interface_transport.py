@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from typing import Final, NamedTuple, final
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor
 
-from gradcomp.errors import TransportError, TransportTimeout
+from gradcomp.errors import ConfigError, TransportError, TransportTimeout
 from gradcomp.options import Configured
 
-__all__ = ["MY_TURN", "Buffer", "Incoming", "Slot", "Transport"]
+__all__ = ["MY_TURN", "Buffer", "Incoming", "Levels", "Part", "Slot", "Transport"]
+
+T = TypeVar("T", bound="Transport")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -61,6 +64,43 @@ class _MyTurn(tuple[Incoming, ...]):
 MY_TURN: Final[Sequence[Incoming]] = _MyTurn()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some ranks of a run that have a transport of their own: those of one host, or one of each host.
+
+    Attributes:
+        name: no other part of the run has it.
+        rank, world_size: counted among them.
+        run_rank: this process's rank in the whole run.
+        one_host: all of them run on this host.
+    """
+
+    name: str
+    rank: int
+    world_size: int
+    run_rank: int
+    one_host: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """The two levels of a hierarchy of ranks.
+
+    Attributes:
+        local: the ranks of this host; its rank 0 is the host's leader.
+        between: the leaders, host by host; None on a rank that leads none.
+        host: this one's number.
+        hosts: how many there are.
+        dtype: what gradients are sent as inside a host, on their way to its leader.
+    """
+
+    local: Transport
+    between: Transport | None
+    host: int
+    hosts: int
+    dtype: torch.dtype
+
+
 class Transport(Configured, ABC):
     """Carries messages between ranks, whole and in order of nothing but their slots.
 
@@ -74,6 +114,7 @@ class Transport(Configured, ABC):
         arrival: notified whenever an Incoming becomes done; hold it to wait for several things at once.
         bytes_sent, bytes_received: everything put on and taken off the wire for data, headers included.
         adds_up: whether :meth:`all_reduce` is more than sends and receives, so that sums are best left to it.
+        levels: where ranks are not all alike: the transports that they do talk to each other by.
     """
 
     rank: int
@@ -83,6 +124,21 @@ class Transport(Configured, ABC):
     bytes_sent: int
     bytes_received: int
     adds_up: bool = False
+    levels: Levels | None = None
+
+    @property
+    def parties(self) -> int:
+        """How many exchange packets: all ranks, or the leaders of hosts."""
+        return self.world_size if self.levels is None else self.levels.hosts
+
+    @classmethod
+    def for_part(cls: type[T], options: Mapping[str, object], part: Part) -> T:
+        """A transport of the ranks of ``part`` only; ``options`` as for ``from_options``.
+
+        Raises:
+            ConfigError: this transport cannot be had for some ranks of a run.
+        """
+        raise ConfigError(f"{cls.id}: this transport is for all ranks of a run; it cannot be one level of a hierarchy")
 
     def check_device(self, device: torch.device) -> None:
         """Raise ConfigError if gradients on ``device`` cannot go this way; called before :meth:`connect`."""
@@ -126,6 +182,10 @@ class Transport(Configured, ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave: tell the peers, let what was sent get out, free everything. Bounded; may be called twice."""
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes so far, under the names they have in :meth:`gradcomp.GradientExchange.stats`."""
+        return {"bytes_sent": self.bytes_sent, "bytes_received": self.bytes_received}
 
     def all_reduce(self, slot: Slot, mine: Tensor, *, one_trip: bool) -> Generator[Sequence[Incoming], None, Tensor]:
         """The sum of every rank's ``mine``, the same bits on all; yields what must be here before it goes on.
@@ -186,7 +246,6 @@ class Transport(Configured, ABC):
             )
         return [i.result() for i in incoming]
 
-    @final
     def all_gather(self, slot: Slot, payload: Buffer) -> list[memoryview]:
         """Every rank's ``payload`` for ``slot``, in rank order. Blocks; raises as :meth:`wait`."""
         peers = [peer for peer in range(self.world_size) if peer != self.rank]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 import torch
 from torch import Tensor
 
-from gradcomp.interface_transport import MY_TURN, Buffer, Incoming, Slot, Transport
+from gradcomp.interface_transport import MY_TURN, Buffer, Incoming, Levels, Part, Slot, Transport
 from gradcomp.options import Configured
 from gradcomp.rounds import alone
 
@@ -30,7 +30,9 @@ __all__ = [
     "Compressor",
     "Exchange",
     "Incoming",
+    "Levels",
     "LinearCompressor",
+    "Part",
     "Slot",
     "State",
     "Transport",
@@ -317,6 +319,16 @@ class Work(ABC):
 
 class Exchange(Configured, ABC):
     """How packets meet: who sends which pieces to whom."""
+
+    def transport(self, given: str | Mapping[str, object] | Transport | None) -> Transport:
+        """What to run on, not yet connected: what the user gave, or ``zmq``. An exchange may bring its own.
+
+        Raises:
+            ConfigError: what was given does not do.
+        """
+        from gradcomp.registry import transport
+
+        return transport("zmq" if given is None else given)
 
     def on(self, transport: Transport) -> Exchange:
         """This exchange as it is run over ``transport``: itself, unless it chooses by what a transport can do."""

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from gradcomp.errors import ConfigError
-from gradcomp.interfaces import Compressor, Exchange, Transport
+from gradcomp.interfaces import Compressor, Exchange, Part, Transport
 from gradcomp.options import Configured
 
 __all__ = [
@@ -33,7 +33,8 @@ __all__ = [
     "format_spec",
     "parse_spec",
     "transport",
-    "transport_type",
+    "transport_class",
+    "transport_for_part",
 ]
 
 T = TypeVar("T", bound=Configured)
@@ -125,6 +126,12 @@ def _load(group: str, kind: type[T], name: str) -> type[T]:
 def _build(group: str, kind: type[T], spec: Spec | T) -> T:
     if isinstance(spec, kind):
         return spec
+    cls, options = _find(group, kind, spec)
+    return cls.from_options(options)
+
+
+def _find(group: str, kind: type[T], spec: object) -> tuple[type[T], dict[str, object]]:
+    """The class a spec names, and the options it gives."""
     if isinstance(spec, str):
         name, options = parse_spec(spec)
     elif isinstance(spec, Mapping):
@@ -137,7 +144,7 @@ def _build(group: str, kind: type[T], spec: Spec | T) -> T:
         raise ConfigError(
             f"{group}: {spec!r} is not a spec string, a config dict or a {kind.__name__}; got {type(spec).__name__}"
         )
-    return _load(group, kind, name).from_options(options)
+    return _load(group, kind, name), options
 
 
 def compressor(spec: Spec | Compressor) -> Compressor:
@@ -158,6 +165,24 @@ def transport(spec: Spec | Transport) -> Transport:
     return _build("transports", Transport, spec)  # type: ignore[type-abstract]
 
 
+def transport_for_part(spec: Spec, part: Part) -> Transport:
+    """As :func:`transport`, for some ranks of the run only.
+
+    Raises:
+        ConfigError: also where the transport cannot be had for a part.
+    """
+    cls, options = _find("transports", Transport, spec)  # type: ignore[type-abstract]
+    for option in ("rank", "world_size"):
+        if option in options:
+            raise ConfigError(f"{cls.id}: option {option!r} is not to be given here: it follows from the hosts")
+    return cls.for_part(options, part)
+
+
+def transport_class(spec: Spec) -> type[Transport]:
+    """The class of the transport that a spec names."""
+    return _find("transports", Transport, spec)[0]  # type: ignore[type-abstract]
+
+
 def exchange(spec: Spec | Exchange) -> Exchange:
     """An exchange from ``"two_shot"``, a config dict or an Exchange.
 
@@ -165,15 +190,6 @@ def exchange(spec: Spec | Exchange) -> Exchange:
         ConfigError: as :func:`compressor`.
     """
     return _build("exchanges", Exchange, spec)  # type: ignore[type-abstract]
-
-
-def transport_type(name: str) -> Callable[..., Transport]:
-    """The class of a transport, for options that no config can hold, such as a process group.
-
-    Raises:
-        ConfigError: unknown id.
-    """
-    return _load("transports", Transport, name)  # type: ignore[type-abstract]
 
 
 def available_compressors() -> list[str]:

@@ -38,13 +38,23 @@ def broadcast(transport: Transport, turn: int, tensors: Sequence[Tensor]) -> Non
     everyone = transport.all_gather(Slot(first, BROADCAST_BUCKET, 0), mine)
     if all(bytes(digest) == mine for digest in everyone):
         return
+    levels = [transport]
+    if transport.levels is not None:
+        # Leaders of hosts first; each then passes it on inside its host.
+        levels = [level for level in (transport.levels.between, transport.levels.local) if level is not None]
     for number, chunk in enumerate(_chunks(tensors), start=first + 1):
-        if transport.rank == 0:
-            # A copy: the parameters change while it may still be on its way.
-            _scatter(transport, number, bytes(_bytes_of(chunk)))
-        else:
-            data = _gather(transport, number, chunk.numel() * chunk.element_size())
-            chunk.copy_(torch.frombuffer(data, dtype=chunk.dtype).view_as(chunk))
+        for level in levels:
+            if level.world_size > 1:
+                _broadcast_chunk(level, number, chunk)
+
+
+def _broadcast_chunk(transport: Transport, number: int, chunk: Tensor) -> None:
+    if transport.rank == 0:
+        # A copy: the parameters change while it may still be on its way.
+        _scatter(transport, number, bytes(_bytes_of(chunk)))
+    else:
+        data = _gather(transport, number, chunk.numel() * chunk.element_size())
+        chunk.copy_(torch.frombuffer(data, dtype=chunk.dtype).view_as(chunk))
 
 
 def _scatter(transport: Transport, number: int, data: bytes) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from gradcomp.bucket import Bucket
 from gradcomp.driver import Driver
 from gradcomp.errors import GradientError
 from gradcomp.gradients import Gradients
-from gradcomp.interfaces import Exchange, Transport
+from gradcomp.hosts import Host, at_level
+from gradcomp.interfaces import MY_TURN, Exchange, Incoming, Transport
 from gradcomp.lanes import Lane
 from gradcomp.plan import Plan
 from gradcomp.states import StateStore
@@ -25,6 +27,9 @@ __all__ = ["Stepper"]
 
 class Stepper:
     """Runs one step after the other. Its methods are called by the thread that trains, or runs backward.
+
+    Where ranks are a hierarchy, gradients are first added up inside each host, by a thread of their own; what is said
+    below of exchanging is then done by the leaders of hosts, and their members get the results at the end of the step.
 
     Args:
         scale: what sums over ranks are multiplied by.
@@ -55,8 +60,10 @@ class Stepper:
         self._ask_loss_scale = loss_scale
         self._turn = 0
         self._device = tensors[0].device
-        self._lane = Lane(self._device)
-        self._driver: Driver | None = None
+        self._levels = transport.levels
+        # What packets cross; None on a rank that leads no host.
+        self._crossing = transport if self._levels is None else self._levels.between
+        self._drivers: dict[str, Driver] = {}  # "local": inside the host; "between": what packets cross
         self._waiting: list[set[int]] | None = None  # the parameters each bucket still waits for, once that is known
         self._lock = threading.Lock()
         self.use(plan, StateStore(transport.rank), tensors, gradients)
@@ -64,21 +71,25 @@ class Stepper:
     def use(self, plan: Plan, store: StateStore, tensors: Sequence[Tensor], gradients: Gradients) -> None:
         """From the next step on; not while one is under way."""
         self.plan, self.store, self.tensors, self.gradients = plan, store, tensors, gradients
+        self._host = None if self._levels is None else Host(self._levels, plan.table, gradients, self._device)
         self._start_step()
 
     def start(self) -> None:
         """Begin to exchange: the transport is connected."""
-        self._driver = Driver(self._transport, self._lane)
+        if self._levels is not None:
+            self._drivers["local"] = Driver(self._levels.local, Lane(self._device))
+        if self._crossing is not None:
+            self._drivers["between"] = Driver(self._crossing, Lane(self._device))
 
     def stop(self) -> None:
         """What is under way is dropped; a later step raises TransportError."""
-        if self._driver is not None:
-            self._driver.stop()
+        for driver in self._drivers.values():
+            driver.stop()
 
     @property
     def under_way(self) -> bool:
         """Whether a bucket of the next step has left already."""
-        return bool(self._works)
+        return self._submitted > 0
 
     def next_turn(self) -> int:
         """A number for messages; unlike the step it never goes back, not even when a state is loaded."""
@@ -106,8 +117,8 @@ class Stepper:
                     )
                 waiting.discard(position)
             # Every rank submits every bucket in the same order, ready ones waiting for those before them.
-            while len(self._works) < len(self.plan.buckets) and not self._waiting[len(self._works)]:
-                self._submit(self.plan.buckets[len(self._works)])
+            while self._submitted < len(self.plan.buckets) and not self._waiting[self._submitted]:
+                self._submit(self.plan.buckets[self._submitted])
 
     def finish(self) -> None:
         """Exchange what has not left yet, wait for all of it, commit residuals and put the sums in place.
@@ -115,14 +126,22 @@ class Stepper:
         Raises:
             GradcompError: what a bucket failed with.
         """
-        for bucket in self.plan.buckets[len(self._works) :]:
+        for bucket in self.plan.buckets[self._submitted :]:
             self._submit(bucket)
         with self._record.timed("wait_s"):
-            self._running().drain()
+            self._running()
+            for level, driver in self._drivers.items():  # what was added up inside the host is submitted between hosts
+                with self._at(level):
+                    driver.drain()
         nonfinite = any(work.nonfinite for work in self._works)
         with torch.no_grad():
             for work in self._works:
                 work.finish(commit=not nonfinite)
+            if self._host is not None:
+                with self._record.timed("wait_s"), self._at("local"):
+                    nonfinite = self._host.share(
+                        self._turn, self.plan.buckets, nonfinite=nonfinite, timeout_s=self._transport.timeout_s
+                    )
         self.step += 1
         self.next_turn()
         self.gradients.end_step()
@@ -131,22 +150,42 @@ class Stepper:
 
     def _start_step(self) -> None:
         self._waiting = None
+        self._submitted = 0
         self._works: list[BucketWork] = []
         self._record = StepRecord()
         # Asked there, for GradScaler waits for the CUDA stream that computes it: backward must not.
         self._loss_scale = functools.cache(self._ask_loss_scale)
 
     def _submit(self, bucket: Bucket) -> None:
+        self._running()
         for position in bucket.parameters:
             check_gradient(self.plan.table[position].name, self.gradients.get(position))
+        self._submitted += 1
+        if self._host is None:
+            self._exchange_bucket(bucket, self.gradients)
+            return
+        with self._at("local"):
+            self._drivers["local"].submit(self._collect(bucket, self._host), self._record)
+
+    def _collect(self, bucket: Bucket, host: Host) -> Generator[Sequence[Incoming], None, None]:
+        """Inside the host first, and if this rank leads it, between hosts then."""
+        sums = yield from host.collect(self._turn, bucket)
+        if sums is not None:
+            yield MY_TURN  # all leaders submit their buckets in the same order
+            with self._at("between"):
+                self._exchange_bucket(bucket, sums)
+
+    def _exchange_bucket(self, bucket: Bucket, gradients: Gradients) -> None:
+        if self._crossing is None:
+            raise RuntimeError("this rank leads no host, and exchanges nothing by itself")
         work = BucketWork(
             bucket=bucket,
             pieces=self.plan.pieces[bucket.index],
             table=self.plan.table,
-            gradients=self.gradients,
+            gradients=gradients,
             device=self._device,
             store=self.store,
-            transport=self._transport,
+            transport=self._crossing,
             record=self._record,
             step=self._turn,
             scale=self._scale,
@@ -154,9 +193,17 @@ class Stepper:
             watch_dense=self.plan.has_state or self.store.holds_waiting,
         )
         self._works.append(work)
-        self._running().submit(self._exchange.run(work), self._record)
+        self._drivers["between"].submit(self._exchange.run(work), self._record)
 
-    def _running(self) -> Driver:
-        if self._driver is None:
+    def _running(self) -> None:
+        if not self._drivers:
             raise RuntimeError("the exchange has not been started")
-        return self._driver
+
+    @contextmanager
+    def _at(self, level: str) -> Iterator[None]:
+        """Errors in here are of this level, if there are any."""
+        if self._levels is None:
+            yield
+            return
+        with at_level(self._levels, level):
+            yield

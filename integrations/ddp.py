@@ -170,7 +170,8 @@ def _transport_for(ddp_model: DistributedDataParallel, spec: Spec | Transport | 
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if spec is None:
         backend = dist.get_backend(group)
-        return registry.transport_type(backend if backend in ("gloo", "nccl") else "torch")(group=group)
+        kind: Callable[..., Transport] = registry.transport_class(backend if backend in ("gloo", "nccl") else "torch")
+        return kind(group=group)
     transport = registry.transport(spec)
     if (transport.rank, transport.world_size) != (rank, world_size):
         raise ConfigError(

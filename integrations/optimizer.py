@@ -27,7 +27,7 @@ def attach(
     optimizer: Optimizer,
     *,
     compressor: Spec | Choice = "threshold",
-    transport: Spec | Transport = "zmq",
+    transport: Spec | Transport | None = None,
     exchange: Spec | Exchange = "auto",
     model: nn.Module | None = None,
     reduction: str = "mean",
@@ -48,6 +48,7 @@ def attach(
         compressor: a spec string, config dict or Compressor; ``gradcomp.available_compressors()`` lists them. Or
             :class:`gradcomp.Rules` for each parameter's, their config, or ``"@FILE"``, a JSON file that holds it.
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
+            None: ``zmq``, or what the exchange brings.
         exchange: likewise.
         model: gives parameters their names in messages and checkpoints, and buffers to start from rank 0's. Without it
             parameters are called ``group0.0``, ``group0.1``, ... and buffers are left alone. Any of its parameters may
@@ -92,11 +93,12 @@ def attach(
             'when must be "backward"'
         )
     named = _named(optimizer, model)
+    kind = registry.exchange(exchange)
     sync = GradientExchange(
         named,
         compressor=choose(compressor),
-        transport=registry.transport(transport),
-        exchange=registry.exchange(exchange),
+        transport=kind.transport(transport),
+        exchange=kind,
         buffers=others,
         synced=[] if model is None else list(model.buffers()),
         buffer_policy=policy,

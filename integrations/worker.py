@@ -53,7 +53,8 @@ class RunOptions:
     Attributes:
         task: a Python file or a module with a function ``task`` (see :mod:`gradcomp.integrations.tasks`).
         settings: ``key=value`` texts for that function.
-        compressor, transport, exchange: spec strings; compressor may be ``@FILE``, rules in JSON (gradcomp.rules).
+        compressor, transport, exchange: spec strings; compressor may be ``@FILE``, rules in JSON (gradcomp.rules);
+            transport may be None: zmq, or what the exchange brings.
         epochs, batch_size: in place of the task's own; batch_size counts one worker's samples a step.
         seed: of the initial weights, the order of the samples, and (with the rank) of dropout and augmentation.
         device: ``cpu``, ``cuda`` (one GPU a worker, by local rank) or ``auto`` (cuda where there is one).
@@ -67,7 +68,7 @@ class RunOptions:
     task: str
     settings: tuple[str, ...] = ()
     compressor: str = "threshold"
-    transport: str = "zmq"
+    transport: str | None = None
     exchange: str = "auto"
     epochs: int | None = None
     batch_size: int | None = None
@@ -80,8 +81,10 @@ class RunOptions:
     summary: str | None = None
 
     def __post_init__(self) -> None:
-        for field in ("task", "compressor", "transport", "exchange"):
+        for field in ("task", "compressor", "exchange"):
             check_text("train", field, getattr(self, field))
+        if self.transport is not None:
+            check_text("train", "transport", self.transport)
         for field in ("epochs", "batch_size"):
             if getattr(self, field) is not None:
                 check_integer("train", field, getattr(self, field), at_least=1)
@@ -97,8 +100,7 @@ class RunOptions:
             ConfigError: what is wrong.
         """
         choose(self.compressor)
-        gradcomp.transport(self.transport)
-        gradcomp.exchange(self.exchange)
+        gradcomp.exchange(self.exchange).transport(self.transport)
         tasks.load(self.task).parse(self.settings)
         _choose_device(self.device)
         if self.log is not None and not Path(self.log).resolve().parent.is_dir():
@@ -239,7 +241,7 @@ class _Run:
             rank=self.sync.rank,
             task=options.task,
             compressor=options.compressor,
-            transport=options.transport,
+            transport=options.transport or self.sync.transport.id,
             exchange=options.exchange,
             workers=self.sync.world_size,
             seed=options.seed,

@@ -6,7 +6,7 @@ import os
 
 from gradcomp.errors import ConfigError
 
-__all__ = ["all_on_this_host", "master", "rank", "world_size"]
+__all__ = ["all_on_this_host", "master", "rank", "ranks_per_host", "world_size"]
 
 
 def _integer(name: str, at_least: int) -> int | None:
@@ -48,6 +48,34 @@ def all_on_this_host() -> bool:
     """Whether torchrun said that every rank runs on this host."""
     local = _integer("LOCAL_WORLD_SIZE", 1)
     return local is not None and local == _integer("WORLD_SIZE", 1)
+
+
+def ranks_per_host() -> int:
+    """LOCAL_WORLD_SIZE; 1 if there is only one rank.
+
+    Raises:
+        ConfigError: it is not set, or the ranks of a host are not as many on each, one after the other.
+    """
+    found, size = _rank_and_world_size()
+    count, local, hosts = _integer("LOCAL_WORLD_SIZE", 1), _integer("LOCAL_RANK", 0), _integer("GROUP_WORLD_SIZE", 1)
+    if count is None or local is None:
+        if size == 1:
+            return 1
+        raise ConfigError(
+            f"environment variable {'LOCAL_WORLD_SIZE' if count is None else 'LOCAL_RANK'} is not set: torchrun sets "
+            "it; without torchrun say how many ranks run on each host, with ranks_per_host="
+        )
+    if size % count or (hosts is not None and hosts * count != size):
+        raise ConfigError(
+            f"WORLD_SIZE={size} is not {hosts or 'a number of'} hosts of LOCAL_WORLD_SIZE={count} ranks each: "
+            "every host must run as many ranks"
+        )
+    if found % count != local:
+        raise ConfigError(
+            f"RANK={found} is not LOCAL_RANK={local} of a host of {count} ranks: the ranks of a host must follow one "
+            "another, as torchrun numbers them"
+        )
+    return count
 
 
 def master(option: str | None) -> tuple[str, int]:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from gradcomp.errors import ConfigError, TransportError, TransportTimeout
+from gradcomp.interfaces import Part
 from gradcomp.transports import environment
 from gradcomp.transports.rendezvous import Meeting, Record, run_name
 
@@ -126,14 +127,24 @@ class FromStore(Source):
 
 
 class FromEnvironment(Source):
-    """Groups from torchrun's environment: ranks meet at MASTER_ADDR:MASTER_PORT as for ``zmq``."""
+    """Groups from torchrun's environment: ranks meet at MASTER_ADDR:MASTER_PORT as for ``zmq``.
 
-    def __init__(self) -> None:
-        self.rank, self.size = environment.rank(), environment.world_size()
+    Args:
+        part: the ranks that are meant, if not all of them.
+    """
+
+    def __init__(self, part: Part | None = None) -> None:
+        self._name = f"{run_name(None)}/groups"
+        self._hosting: bool | None = None
+        if part is None:
+            self.rank, self.size = environment.rank(), environment.world_size()
+        else:
+            self.rank, self.size = part.rank, part.world_size
+            self._name, self._hosting = f"{self._name}/{part.name}", part.run_rank == 0
 
     def make(self, backend: str, timeout_s: float) -> Groups:
         deadline = time.monotonic() + timeout_s
-        meeting = Meeting(environment.master(None), f"{run_name(None)}/groups", self.rank, self.size, deadline)
+        meeting = Meeting(environment.master(None), self._name, self.rank, self.size, deadline, hosting=self._hosting)
         mine = Record(
             rank=self.rank,
             world_size=self.size,

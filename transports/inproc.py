@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from gradcomp.errors import PacketError, PeerLost, TransportError, TransportTimeout
 from gradcomp.handshake import compare, pack, unpack
-from gradcomp.interfaces import Buffer, Incoming, Slot, Transport
+from gradcomp.interfaces import Buffer, Incoming, Part, Slot, Transport
 from gradcomp.options import check_integer, check_number, check_text
 from gradcomp.transports.mailbox import Mailbox, check_address
 
@@ -67,6 +67,12 @@ class InprocTransport(Transport):
         """Transports for all ranks of a new world."""
         hub = os.urandom(8).hex()
         return [cls(rank=rank, world_size=world_size, hub=hub, timeout_s=timeout_s) for rank in range(world_size)]
+
+    @classmethod
+    def for_part(cls, options: Mapping[str, object], part: Part) -> InprocTransport:
+        """A hub of its own for each part."""
+        hub = f"{options.get('hub', cls.hub)}/{part.name}"
+        return cls.from_options({**options, "hub": hub, "rank": part.rank, "world_size": part.world_size})
 
     def connect(
         self,

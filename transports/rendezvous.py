@@ -109,6 +109,7 @@ class Meeting:
     Args:
         master: host and port of the store. Under torchrun its agent hosts it, else rank 0 does.
         run: name of the run; runs with other names may share the store.
+        hosting: whether this process hosts the store if torchrun does not; None: rank 0 does.
 
     Attributes:
         epoch: how many times this rank met the others of this run before.
@@ -118,7 +119,16 @@ class Meeting:
         TransportError: it cannot be hosted here.
     """
 
-    def __init__(self, master: tuple[str, int], run: str, rank: int, world_size: int, deadline: float) -> None:
+    def __init__(
+        self,
+        master: tuple[str, int],
+        run: str,
+        rank: int,
+        world_size: int,
+        deadline: float,
+        *,
+        hosting: bool | None = None,
+    ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._deadline = deadline
@@ -128,7 +138,8 @@ class Meeting:
             self.epoch = _counts.get(key, 0)
             _counts[key] = self.epoch + 1
         self._prefix = f"gradcomp/{run}/{self.epoch}"
-        self._hosting = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        first = rank == 0 if hosting is None else hosting
+        self._hosting = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._key = (os.getpid(), *master, self._hosting)
         self._store = self._open()
 

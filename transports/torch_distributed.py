@@ -18,7 +18,7 @@ import os
 import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,7 +28,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from gradcomp.errors import ConfigError, TransportError
 from gradcomp.handshake import pack
-from gradcomp.interfaces import MY_TURN, Buffer, Incoming, Slot, Transport
+from gradcomp.interfaces import MY_TURN, Buffer, Incoming, Part, Slot, Transport
 from gradcomp.options import check_choice, check_number
 from gradcomp.transports.greeting import greet
 from gradcomp.transports.group_collectives import PendingSum, swap_by_pairs, swap_on_stream
@@ -76,6 +76,7 @@ class TorchTransport(Transport):
     id: ClassVar[str] = "torch"
     # Which backend's groups to make; None: the same as the given group's.
     backend: ClassVar[str | None] = None
+    adds_up = True
 
     group: Any = None
     timeout_s: float = 300.0
@@ -88,7 +89,6 @@ class TorchTransport(Transport):
             raise ConfigError(f"{self.id}: this torch was built without torch.distributed")
         self._source = self._find_source()
         self.rank, self.world_size = self._source.rank, self._source.size
-        self.adds_up = True
         self._pid = os.getpid()
         self._mailbox = Mailbox(self.rank, self.timeout_s)
         self.arrival = self._mailbox.arrival
@@ -111,6 +111,13 @@ class TorchTransport(Transport):
     @classmethod
     def _option_names(cls) -> list[str]:
         return [name for name in super()._option_names() if name != "group"]
+
+    @classmethod
+    def for_part(cls, options: Mapping[str, object], part: Part) -> TorchTransport:
+        """A group of these ranks, who meet at the run's master; there need be no other process group."""
+        if cls.backend is None:
+            raise ConfigError(f"{cls.id}: which backend is meant for some ranks of a run? Name gloo or nccl")
+        return replace(cls.from_options(options), group=FromEnvironment(part))
 
     def _find_source(self) -> Source:
         group = self.group

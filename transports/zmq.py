@@ -23,7 +23,7 @@ import zmq
 
 from gradcomp.errors import TransportError
 from gradcomp.handshake import pack
-from gradcomp.interfaces import Buffer, Incoming, Slot, Transport
+from gradcomp.interfaces import Buffer, Incoming, Part, Slot, Transport
 from gradcomp.options import check_flag, check_integer, check_number, check_text
 from gradcomp.transports import environment
 from gradcomp.transports.addresses import check_reachable, endpoint, listening_address, parse_ip
@@ -105,6 +105,18 @@ class ZmqTransport(Transport):
         self._connected = self._closed = False
         self._max_message_bytes = 0
         self._last: Outgoing | None = None
+        self._hosting: bool | None = None
+        self._part = ""
+
+    @classmethod
+    def for_part(cls, options: Mapping[str, object], part: Part) -> ZmqTransport:
+        """All parts meet at the run's one master, under names of their own; on one host they stay on loopback."""
+        more: dict[str, object] = {"rank": part.rank, "world_size": part.world_size}
+        if part.one_host and not options.get("ipc"):
+            more["address"] = options.get("address") or "127.0.0.1"
+        found = cls.from_options({**options, **more})
+        found._hosting, found._part = part.run_rank == 0, f"/{part.name}"
+        return found
 
     @property
     def bytes_sent(self) -> int:  # type: ignore[override]
@@ -142,7 +154,7 @@ class ZmqTransport(Transport):
 
     def _open(self, hello: Mapping[str, str | int | bytes], deadline: float) -> dict[str, str | int | bytes]:
         """Bind, meet the others, and start the thread that greets them."""
-        run = run_name(self.run)
+        run = run_name(self.run) + self._part
         full_hello = dict(hello) | {
             "frames": FRAME_VERSION,
             "run": run,
@@ -169,7 +181,7 @@ class ZmqTransport(Transport):
                 incarnation=secrets.randbits(32),
                 host=socket.gethostname(),
             )
-            meeting = Meeting(self._master, run, self.rank, self.world_size, deadline)
+            meeting = Meeting(self._master, run, self.rank, self.world_size, deadline, hosting=self._hosting)
             others = meeting.exchange(mine)
             for theirs in others.values():
                 check_reachable(mine, theirs)

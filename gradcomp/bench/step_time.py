@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gradcomp bench step-time", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="dense")
     parser.add_argument("--compressor", default="threshold:density=0.001")
-    parser.add_argument("--transport", default="zmq")
+    parser.add_argument("--transport", help="default: zmq, or what the exchange brings")
     parser.add_argument("--exchange", default="auto")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind")
@@ -126,6 +126,7 @@ def _report(
         "transport": options.transport,
         "exchange": options.exchange,
         "ratio": stats["ratio"],
+        "bytes": {key: value for key, value in stats.items() if key.startswith("bytes_")},
         "step_ms": {kind: round(value, 2) for kind, value in medians.items()},
         "times_compute": {kind: round(value / medians["compute"], 3) for kind, value in medians.items()},
     }
