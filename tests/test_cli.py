@@ -60,7 +60,10 @@ def test_a_command_is_needed() -> None:
         (["--compressor", "threshold:tua=1"], "threshold: unknown option 'tua'"),
         (["--compressor", "threshold:density=2"], "density=2 is not allowed"),
         (["--transport", "carrier-pigeon"], "unknown transport 'carrier-pigeon'"),
-        (["--exchange", "ring"], "unknown exchange 'ring'; available: all_gather, all_reduce, auto, two_shot"),
+        (
+            ["--exchange", "ring"],
+            "unknown exchange 'ring'; available: all_gather, all_reduce, auto, hierarchical, two_shot",
+        ),
         (["--set", "lr=fast"], "lr=fast is not allowed; it must be float"),
         (["--set", "width=3"], "unknown option 'width'; it has lr"),
         (["--epochs", "0"], "epochs=0 is not allowed"),
