@@ -320,15 +320,17 @@ class Work(ABC):
 class Exchange(Configured, ABC):
     """How packets meet: who sends which pieces to whom."""
 
-    def transport(self, given: str | Mapping[str, object] | Transport | None) -> Transport:
-        """What to run on, not yet connected: what the user gave, or ``zmq``. An exchange may bring its own.
+    def transport(
+        self, given: str | Mapping[str, object] | Transport | None, *, usual: str | Transport = "zmq"
+    ) -> Transport:
+        """What to run on, not yet connected: what the user gave, or what is ``usual``. An exchange may bring its own.
 
         Raises:
             ConfigError: what was given does not do.
         """
         from gradcomp.registry import transport
 
-        return transport("zmq" if given is None else given)
+        return transport(usual if given is None else given)
 
     def on(self, transport: Transport) -> Exchange:
         """This exchange as it is run over ``transport``: itself, unless it chooses by what a transport can do."""

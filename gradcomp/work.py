@@ -158,10 +158,7 @@ class BucketWork(Work):
         heads = {peer: Head.parse(incoming.pop(peer).result(), expected[peer], len(self._present)) for peer in expected}
         arriving = {peer: head.empty_payload(self._device) for peer, head in heads.items()}
         yield MY_TURN
-        self._transport.swap_tensors(
-            {peer: payload for peer, payload in sending.items() if payload.numel()},
-            {peer: payload for peer, payload in arriving.items() if payload.numel()},
-        )
+        self._transport.swap_tensors(sending, arriving)  # empty ones, too: all ranks must take part
         return {peer: heads[peer].message(payload) for peer, payload in arriving.items()}
 
     def send(self, peer: int, stage: int, message: Message) -> None:

@@ -62,12 +62,13 @@ class HookState:
         named = [(n, p) for n, p in ddp_model.module.named_parameters() if p.requires_grad and n not in ignored]
         self._positions = {id(p): position for position, (_, p) in enumerate(named)}
         self._gradients = ViewedGradients()
+        kind = registry.exchange(exchange)
         self._unfinished: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
         self.sync = GradientExchange(
             named,
             compressor=choose(compressor),
-            transport=_transport_for(ddp_model, transport),
-            exchange=registry.exchange(exchange),
+            transport=_transport_for(ddp_model, kind, transport),
+            exchange=kind,
             reduction=reduction,
             when="ddp",
             bucket_bytes=bucket_bytes,
@@ -164,15 +165,13 @@ def _check_model(ddp_model: object) -> None:
         )
 
 
-def _transport_for(ddp_model: DistributedDataParallel, spec: Spec | Transport | None) -> Transport:
-    """The transport, whose ranks must be the model's."""
+def _transport_for(ddp_model: DistributedDataParallel, exchange: Exchange, given: Spec | Transport | None) -> Transport:
+    """The transport, whose ranks must be the model's; usually over groups beside the model's own."""
     group = ddp_model.process_group
+    backend = dist.get_backend(group)
+    beside: Callable[..., Transport] = registry.transport_class(backend if backend in ("gloo", "nccl") else "torch")
+    transport = exchange.transport(given, usual=beside(group=group))
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    if spec is None:
-        backend = dist.get_backend(group)
-        kind: Callable[..., Transport] = registry.transport_class(backend if backend in ("gloo", "nccl") else "torch")
-        return kind(group=group)
-    transport = registry.transport(spec)
     if (transport.rank, transport.world_size) != (rank, world_size):
         raise ConfigError(
             f"ddp: the transport is rank {transport.rank} of {transport.world_size}, the model's process group rank "

@@ -125,8 +125,8 @@ class TestScaleIsDividedOut:
                         scaler.update()
             return weight.detach()
 
-        for scaler in (None, scaler_of()):
-            for weight in run_ranks(2, lambda transport, scaler=scaler: rank_main(transport, scaler)):
+        for make in (lambda: None, scaler_of):  # each rank has its own
+            for weight in run_ranks(2, lambda transport, make=make: rank_main(transport, make())):
                 assert torch.all(weight == -0.75)  # both steps' means, none of it lost
 
 

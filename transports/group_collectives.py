@@ -140,8 +140,8 @@ def swap_by_pairs(
         PeerLost, TransportTimeout: a peer is gone, or did not come.
     """
     deadline = time.monotonic() + mailbox.timeout_s
-    begin = [(peer, group.recv, tensor) for peer, tensor in incoming.items()]
-    begin += [(peer, group.send, tensor) for peer, tensor in outgoing.items()]
+    begin = [(peer, group.recv, tensor) for peer, tensor in incoming.items() if tensor.numel()]
+    begin += [(peer, group.send, tensor) for peer, tensor in outgoing.items() if tensor.numel()]
     works = []
     peer = mailbox.rank
     try:

@@ -57,7 +57,9 @@ class Hierarchical(Exchange):
     def _between(self) -> Exchange:
         return registry.exchange(self.exchange)
 
-    def transport(self, given: str | Mapping[str, object] | Transport | None) -> Transport:
+    def transport(
+        self, given: str | Mapping[str, object] | Transport | None, *, usual: str | Transport = "zmq"
+    ) -> Transport:
         """One of two levels. Whoever gives a transport can only mean the one between hosts, and it must be that.
 
         Raises:
