@@ -35,6 +35,7 @@ def _bf16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
     return default_hooks.bf16_compress_hook(state, bucket)  # type: ignore[arg-type]
 
 
+_STAGES = ("hidden_fraction", "compress_ms", "wait_ms", "decompress_ms", "ratio")
 _TORCH_HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": _bf16}
 
 
@@ -44,16 +45,25 @@ class _Method:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name = name
         self.times_s: list[float] = []
-        self.hidden: list[float] = []
+        self.stats: list[dict[str, float]] = []
         self.sync: GradientExchange | None = None
         torch.manual_seed(0)
-        self.model = DistributedDataParallel(MODELS[options.model]())
+        self.model = DistributedDataParallel(
+            MODELS[options.model](),
+            bucket_cap_mb=options.bucket_cap_mb,
+            gradient_as_bucket_view=options.gradient_as_bucket_view,
+        )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
         if name in _TORCH_HOOKS:
             self.model.register_comm_hook(None, _TORCH_HOOKS[name])
         elif name not in ("compute", "fp32"):
             self.sync = gradcomp.integrations.ddp.register(
-                self.model, name, _apart(options.transport, name), exchange=options.exchange, digest_every=0
+                self.model,
+                name,
+                _apart(options.transport, name),
+                exchange=options.exchange,
+                bucket_bytes=int(options.bucket_cap_mb * 2**20),
+                digest_every=0,
             )
 
     def run(self, inputs: Tensor, targets: Tensor) -> None:
@@ -80,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--transport", help="of gradcomp's packets; default: DDP's own process group")
     parser.add_argument("--exchange", default="auto")
     parser.add_argument("--backend", default="gloo", help="of DDP's process group")
+    parser.add_argument("--bucket-cap-mb", type=float, default=25.0, help="of DDP's buckets and ours; default: 25")
+    parser.add_argument("--gradient-as-bucket-view", action="store_true", help="DDP's option, for every method")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each kind")
     parser.add_argument("--warm-up", type=int, default=4, help="steps of each kind before those")
@@ -98,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if round_number >= options.warm_up:
                 method.times_s.append(time.perf_counter() - start)
                 if method.sync is not None:
-                    method.hidden.append(method.sync.stats()["hidden_fraction"])
+                    stats = method.sync.stats()
+                    method.stats.append({key: stats[key] for key in _STAGES})
     if dist.get_rank() == 0:
         _report(options, methods)
     dist.barrier()
@@ -117,8 +130,7 @@ def _report(options: argparse.Namespace, methods: list[_Method]) -> None:
             "step_ms": round(medians[method.name], 1),
             "faster_than_fp32": round(medians["fp32"] / medians[method.name], 2),
             "times_compute": round(medians[method.name] / medians["compute"], 2),
-            "hidden_fraction": round(statistics.median(method.hidden), 3) if method.hidden else None,
-            "ratio": None if method.sync is None else round(method.sync.stats()["ratio"], 1),
+            **{key: round(statistics.median(row[key] for row in method.stats), 3) for key in _STAGES if method.stats},
         }
         for method in methods
     ]
@@ -126,10 +138,11 @@ def _report(options: argparse.Namespace, methods: list[_Method]) -> None:
         numel = sum(p.numel() for p in methods[0].model.parameters())
         print(json.dumps({"model": options.model, "parameters": numel, "methods": rows}), flush=True)
         return
-    print(f"{'method':32}{'step ms':>10}{'x fp32':>8}{'/compute':>10}{'hidden':>8}{'ratio':>9}", flush=True)
+    print(
+        f"{'method':28}" + "".join(f"{key:>17}" for key in ("step_ms", "faster_than_fp32", "times_compute", *_STAGES))
+    )
     for row in rows:
-        shown = ["" if row[key] is None else str(row[key]) for key in row]
-        print(f"{shown[0]:32}{shown[1]:>10}{shown[2]:>8}{shown[3]:>10}{shown[4]:>8}{shown[5]:>9}", flush=True)
+        print(f"{row['method']:28}" + "".join(f"{value:>17}" for value in [*row.values()][1:]), flush=True)
 
 
 if __name__ == "__main__":

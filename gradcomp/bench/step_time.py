@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compressor", default="threshold:density=0.001")
     parser.add_argument("--transport", help="default: zmq, or what the exchange brings")
     parser.add_argument("--exchange", default="auto")
+    parser.add_argument("--bucket-mb", type=float, default=25.0, help="MiB of gradients a bucket; default: 25")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind")
     parser.add_argument("--warm-up", type=int, default=4, help="steps of each kind before those")
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    logging.getLogger("gradcomp").setLevel(logging.ERROR)  # steps without an exchange are meant here
     torch.manual_seed(0)
     inputs, targets = torch.randn(options.batch_size, 3, 32, 32), torch.randint(0, 10, (options.batch_size,))
     model = MODELS[options.model]()
@@ -69,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compressor=options.compressor,
         transport=options.transport,
         exchange=options.exchange,
+        bucket_bytes=int(options.bucket_mb * 2**20),
         digest_every=0,
     ) as sync:
         kinds: dict[str, Callable[[], None]] = {
