@@ -12,6 +12,7 @@ backward hid.
 # No "from __future__ import annotations": DDP looks at a hook's annotations, which must be types.
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import gradcomp
-from gradcomp.bench.step_time import MODELS, step
+from gradcomp.bench.step_time import MODELS, batch_for, step
 from gradcomp.engine import GradientExchange
 
 __all__ = ["main"]
@@ -49,7 +50,7 @@ class _Method:
         self.sync: GradientExchange | None = None
         torch.manual_seed(0)
         self.model = DistributedDataParallel(
-            MODELS[options.model](),
+            MODELS[options.model]().to(options.device),
             bucket_cap_mb=options.bucket_cap_mb,
             gradient_as_bucket_view=options.gradient_as_bucket_view,
         )
@@ -92,21 +93,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="gloo", help="of DDP's process group")
     parser.add_argument("--bucket-cap-mb", type=float, default=25.0, help="of DDP's buckets and ours; default: 25")
     parser.add_argument("--gradient-as-bucket-view", action="store_true", help="DDP's option, for every method")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU a rank, by local rank")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each kind")
     parser.add_argument("--warm-up", type=int, default=4, help="steps of each kind before those")
     parser.add_argument("--threads", type=int, default=1, help="torch threads a rank")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise gradcomp.ConfigError("--device=cuda is not allowed: this machine has no CUDA device that torch can use")
     torch.set_num_threads(options.threads)
-    inputs, targets = torch.randn(options.batch_size, 3, 32, 32), torch.randint(0, 10, (options.batch_size,))
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    inputs, targets = batch_for(options.model, options.batch_size, options.device)
     dist.init_process_group(options.backend)
     methods = [_Method(name, options) for name in ("compute", "fp32", *_TORCH_HOOKS, *options.compressor)]
     for round_number in range(options.warm_up + options.steps):
         for method in methods:
             dist.barrier()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
             start = time.perf_counter()
             method.run(inputs, targets)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
             if round_number >= options.warm_up:
                 method.times_s.append(time.perf_counter() - start)
                 if method.sync is not None:

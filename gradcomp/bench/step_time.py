@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradcomp
 from gradcomp.examples.tasks.cifar10 import vgg11
 
-__all__ = ["MODELS", "main", "step"]
+__all__ = ["MODELS", "batch_for", "main", "step"]
 
 
 def dense_heavy() -> nn.Module:
@@ -42,7 +42,26 @@ def vgg() -> nn.Module:
     return vgg11()[1:]
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense_heavy, "vgg11": vgg}
+def vgg16() -> nn.Module:
+    """VGG-16 for 224x224 images and 1,000 classes, 138M parameters: for machines with a GPU."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    dense = [nn.Linear(512 * 7 * 7, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000)]
+    return nn.Sequential(*layers, nn.Flatten(), *dense)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense_heavy, "vgg11": vgg, "vgg16": vgg16}
+
+
+def batch_for(model: str, size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random images of the size that the model wants, and classes."""
+    side = 224 if model == "vgg16" else 32
+    return torch.randn(size, 3, side, side, device=device), torch.randint(0, 10, (size,), device=device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     logging.getLogger("gradcomp").setLevel(logging.ERROR)  # steps without an exchange are meant here
     torch.manual_seed(0)
-    inputs, targets = torch.randn(options.batch_size, 3, 32, 32), torch.randint(0, 10, (options.batch_size,))
+    inputs, targets = batch_for(options.model, options.batch_size)
     model = MODELS[options.model]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with gradcomp.attach(
