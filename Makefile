@@ -10,8 +10,9 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/gradcomp demo $(ARGS)
 
+# Two files at a time: many tests wait for processes to start, or for what a timeout brings.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -286,6 +286,7 @@ def test_an_io_thread_that_dies_fails_everything(monkeypatch: pytest.MonkeyPatch
         transport.all_gather(Slot(0, 0, 0), b"works")
         if transport.rank == 0:
             assert transport._courier is not None
+            transport.wait([transport.recv(1, Slot(0, 1, 0))])  # what this rank sent is there
 
             def broken() -> None:
                 raise MemoryError("no more")
@@ -297,6 +298,7 @@ def test_an_io_thread_that_dies_fails_everything(monkeypatch: pytest.MonkeyPatch
             with pytest.raises(TransportError, match="died"):
                 transport.send(1, Slot(2, 0, 0), [b"x"])
         else:
+            transport.send(0, Slot(0, 1, 0), [b"so far"])
             with pytest.raises(PeerLost):
                 transport.wait([transport.recv(0, Slot(1, 0, 0))])
 
