@@ -11,11 +11,10 @@ from torch import Tensor
 from gradcomp.errors import ConfigError, PacketError
 from gradcomp.interfaces import Slot, Transport
 from gradcomp.options import check_integer
+from gradcomp.replicas import BUFFERS_BUCKET
 
-__all__ = ["BUFFERS_BUCKET", "BufferPolicy"]
+__all__ = ["BufferPolicy"]
 
-# A bucket number no bucket has (as in gradcomp.replicas).
-BUFFERS_BUCKET = 0xFFFF_FFFB
 _CHUNK_ELEMENTS = 1 << 20
 _POLICIES = ("alone", "broadcast", "average")
 

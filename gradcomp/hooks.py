@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["BackwardHooks", "Handle"]
+__all__ = ["BackwardHooks", "Handle", "running"]
 
 
 class Handle(Protocol):
@@ -94,10 +95,14 @@ def _hook(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
 
 def _outer_node() -> Node | None:
     """The node of the outermost backward pass that this one runs inside of; None if this is the outermost."""
-    found = None
-    frame = sys._getframe()
-    while frame.f_back is not None:
+    nodes: list[Node] = list(running(BackwardCFunction.apply))
+    return nodes[-1] if nodes else None
+
+
+def running(method: Callable[..., Any]) -> Iterator[Any]:
+    """Whose ``method``, one written in Python, is being run by the callers of this; the innermost first."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is method.__code__:
+            yield frame.f_locals["self"]
         frame = frame.f_back
-        if frame.f_code is BackwardCFunction.apply.__code__:
-            found = frame.f_locals["self"]
-    return found

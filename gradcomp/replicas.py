@@ -12,7 +12,15 @@ from gradcomp import handshake
 from gradcomp.errors import ConfigError, GradcompError, PacketError, ReplicaMismatch
 from gradcomp.interfaces import Incoming, Slot, Transport
 
-__all__ = ["BROADCAST_CHUNK_BYTES", "average", "broadcast", "check_agreed", "check_equal"]
+__all__ = [
+    "BROADCAST_CHUNK_BYTES",
+    "BUFFERS_BUCKET",
+    "MEETING_BUCKET",
+    "average",
+    "broadcast",
+    "check_agreed",
+    "check_equal",
+]
 
 BROADCAST_CHUNK_BYTES = 8 << 20
 # Bucket numbers no bucket has, so that these messages never meet a gradient's.
@@ -20,6 +28,8 @@ DIGEST_BUCKET = 0xFFFF_FFFF
 BROADCAST_BUCKET = 0xFFFF_FFFE
 AVERAGE_BUCKET = 0xFFFF_FFFD
 AGREEMENT_BUCKET = 0xFFFF_FFFC
+BUFFERS_BUCKET = 0xFFFF_FFFB  # gradcomp.buffers
+MEETING_BUCKET = 0xFFFF_FFFA  # gradcomp.transports.hierarchical
 
 
 def broadcast(transport: Transport, turn: int, tensors: Sequence[Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from gradcomp import registry
 from gradcomp.buffers import BufferPolicy
 from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
+from gradcomp.hooks import running
 from gradcomp.integrations.closures import check_line_search, refuse_closure, share_loss
 from gradcomp.interfaces import Compressor, Exchange, Transport
 from gradcomp.registry import Spec
@@ -149,24 +149,14 @@ class _WatchSteps:
             )
         if not self._looked_for_scaler:
             self._looked_for_scaler = True
-            used = _scaler_that_steps()
+            # Nothing else on an optimizer tells that there is one.
+            used = next(running(GradScaler.step), None)
             plain = isinstance(self._sync.compressor, Compressor) and self._sync.compressor.stateless
             if used is not None and used is not self._scaler and not plain:
                 logging.getLogger("gradcomp").warning(
                     "gradients are multiplied by a GradScaler that attach() was not given: thresholds and residuals "
                     "are in units that change with its scale; pass attach(..., scaler=scaler)"
                 )
-
-
-def _scaler_that_steps() -> GradScaler | None:
-    """The GradScaler whose step() calls the optimizer's; nothing else on an optimizer tells that there is one."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is GradScaler.step.__code__:
-            found = frame.f_locals["self"]
-            return found if isinstance(found, GradScaler) else None
-    return None
 
 
 class _FollowGroups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -66,3 +67,14 @@ def attach(net: nn.Module | None, optimizer: torch.optim.Optimizer, transport: A
     """:func:`gradcomp.attach` with options for small nets: no tensor is too small to compress, and several buckets."""
     options = {"model": net, "dense": gradcomp.DenseRule(min_numel=0, min_dim=2), "bucket_bytes": 1024} | options
     return gradcomp.attach(optimizer, transport=transport, **options)
+
+
+def there_and_back(net: nn.Module, optimizer: torch.optim.Optimizer, sync: Any, detour: range) -> None:
+    """Save net and exchange, train on, and load what was saved: the training in between leaves no trace."""
+    torch.save([net.state_dict(), sync.state_dict()], file := io.BytesIO())
+    for step in detour:
+        train_step(net, optimizer, sync.rank, step)
+    file.seek(0)
+    model, states = torch.load(file, weights_only=True)
+    net.load_state_dict(model)
+    sync.load_state_dict(states)

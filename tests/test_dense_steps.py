@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
 import torch
-from ranks import attach, outcomes, parameters_of, run_ranks, small_net, train_step
+from ranks import attach, outcomes, parameters_of, run_ranks, small_net, there_and_back, train_step
 from torch import Tensor, nn
 
 import gradcomp
@@ -137,13 +136,7 @@ class TestPowerSGD:
                 for step in range(2):
                     train_step(net, optimizer, sync.rank, step)
                 if resumed:
-                    torch.save([net.state_dict(), sync.state_dict()], file := io.BytesIO())
-                    for step in range(90, 93):
-                        train_step(net, optimizer, sync.rank, step)
-                    file.seek(0)
-                    model, states = torch.load(file, weights_only=True)
-                    net.load_state_dict(model)
-                    sync.load_state_dict(states)
+                    there_and_back(net, optimizer, sync, range(90, 93))
                 for step in range(2, 6):
                     train_step(net, optimizer, sync.rank, step)
             return parameters_of(net)

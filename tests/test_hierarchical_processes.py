@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from namespaces import ip, two_hosts
 
 DEADLINE_S = 240  # four processes import torch first, perhaps on a busy machine
 SCRIPT = """
@@ -114,43 +115,11 @@ def test_a_process_that_is_killed_takes_all_others_along(script: Path, processes
 # -- network namespaces ------------------------------------------------------------------------------------------------
 
 
-def ip(*words: str, check: bool = True) -> str:
-    return subprocess.run(["ip", *words], check=check, capture_output=True, timeout=20, text=True).stdout
-
-
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
     """Names of two namespaces, 10.79.0.1 and 10.79.0.2, with 200 Mb/s between them."""
-    names = [f"gchier{os.getpid()}-{i}" for i in range(2)]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for i, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.79.0.{i + 1}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-            shaped = [
-                "qdisc",
-                "add",
-                "dev",
-                "eth0",
-                "root",
-                "tbf",
-                "rate",
-                "200mbit",
-                "burst",
-                "512kb",
-                "latency",
-                "50ms",
-            ]
-            subprocess.run(["tc", "-n", name, *shaped], check=True, capture_output=True, timeout=20)
+    with two_hosts("gchier", "10.79.0", "200mbit") as names:
         yield names
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"this machine makes no network namespaces: {error.stderr}")
-    finally:
-        for name in names:
-            ip("netns", "del", name, check=False)
 
 
 def crossed_bytes(host: str) -> int:

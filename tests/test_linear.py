@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import attach, outcomes, parameters_of, run_ranks, small_net, train_step
+from ranks import attach, outcomes, parameters_of, run_ranks, small_net, there_and_back, train_step
 from torch import Tensor, nn
 
 import gradcomp
@@ -271,12 +271,7 @@ def test_state_dict_restores_a_run_bit_for_bit(spec: str) -> None:
             for step in range(3):
                 train_step(net, optimizer, sync.rank, step)
             if resumed:
-                torch.save([net.state_dict(), sync.state_dict()], file := io.BytesIO())
-                train_step(net, optimizer, sync.rank, 9)
-                file.seek(0)
-                model, states = torch.load(file, weights_only=True)
-                net.load_state_dict(model)
-                sync.load_state_dict(states)
+                there_and_back(net, optimizer, sync, range(9, 10))
             for step in range(3, 6):
                 train_step(net, optimizer, sync.rank, step)
         return parameters_of(net)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from namespaces import two_hosts
 
 pytestmark = pytest.mark.root
 
@@ -37,28 +38,11 @@ except gradcomp.ConfigError as error:
 """
 
 
-def ip(*words: str, check: bool = True) -> None:
-    subprocess.run(["ip", *words], check=check, capture_output=True, timeout=20)
-
-
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
     """Names of two namespaces, 10.78.0.1 and 10.78.0.2."""
-    names = [f"gctest{os.getpid()}-{i}" for i in range(2)]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for i, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.78.0.{i + 1}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
+    with two_hosts("gctest", "10.78.0") as names:
         yield names
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
-    finally:
-        for name in names:
-            ip("netns", "del", name, check=False)
 
 
 def run_on(hosts: list[str], script: Path, transport: str) -> list[dict[str, object]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
 import pytest
 import torch
-from ranks import attach, parameters_of, run_ranks, small_net, train_step
+from ranks import attach, parameters_of, run_ranks, small_net, there_and_back, train_step
 
 import gradcomp
 from gradcomp.compressors.scheduled import Scheduled
@@ -140,13 +139,7 @@ def test_a_checkpoint_restores_the_stage(exchange: str) -> None:
             for step in range(5):
                 train_step(net, optimizer, sync.rank, step)
             if resumed:
-                torch.save([net.state_dict(), sync.state_dict()], file := io.BytesIO())
-                for step in range(90, 93):
-                    train_step(net, optimizer, sync.rank, step)
-                file.seek(0)
-                saved = torch.load(file, weights_only=True)
-                net.load_state_dict(saved[0])
-                sync.load_state_dict(saved[1])
+                there_and_back(net, optimizer, sync, range(90, 93))
             for step in range(5, 10):
                 train_step(net, optimizer, sync.rank, step)
         return parameters_of(net)

@@ -21,13 +21,12 @@ from gradcomp.hosts import at_level
 from gradcomp.interfaces import Buffer, Incoming, Levels, Part, Slot, Transport
 from gradcomp.options import check_choice, check_integer
 from gradcomp.registry import Spec, transport_class, transport_for_part
+from gradcomp.replicas import MEETING_BUCKET
 from gradcomp.transports import environment
 
 __all__ = ["HierarchicalTransport"]
 
-# A bucket number no bucket has (as in gradcomp.replicas).
-_MEETING_BUCKET = 0xFFFF_FFFA
-_PATIENCE, _VERDICT = Slot(0, _MEETING_BUCKET, 0), Slot(0, _MEETING_BUCKET, 1)
+_PATIENCE, _VERDICT = Slot(0, MEETING_BUCKET, 0), Slot(0, MEETING_BUCKET, 1)
 _GRACE_S = 5.0  # for a leader to say what it waited for in vain
 _MAX_VERDICT_BYTES = 1 << 16
 _LENGTH = struct.Struct("<Q")
