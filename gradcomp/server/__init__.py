@@ -1,0 +1,13 @@
+"""The parameter server: one shard's state machine and what travels to and from it. No socket, no thread, no clock.
+
+Workers push compressed gradients; the server, which owns the parameters and their optimizer, applies them; workers pull
+compressed changes of the parameters. Every shard is a process of its own and knows nothing of the others.
+
+    modes.py       when a pushed gradient is applied, and who may go on: sync, async, ssp, softsync
+    table.py       which piece of which parameter lives on which shard
+    protocol.py    requests and replies, checked as they come in
+    optimizers.py  the torch.optim classes a server runs, by name
+    roster.py      workers: incarnations, sequence numbers, leases, clocks
+    shard.py       parameters, optimizer, published values and the changes between them
+    service.py     what a request does
+"""
