@@ -209,7 +209,8 @@ class Transport(Configured, ABC):
         next; on the CPU it blocks.
 
         Args:
-            outgoing, incoming: flat uint8, on the device; ``outgoing`` must not change until :meth:`close`.
+            outgoing, incoming: flat uint8, on the device; ``outgoing`` must not change until :meth:`close`. A rank that
+                only takes part sends itself an empty one.
 
         Raises:
             PeerLost, TransportTimeout: a peer is gone, or did not come to it.

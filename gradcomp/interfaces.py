@@ -269,7 +269,7 @@ class Work(ABC):
 
     @abstractmethod
     def reduce(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> Message:
-        """Add up one message a rank, in rank order, and compress the sum again, with a residual of its own."""
+        """Add up messages, in the order given, and compress the sum again, with a residual of its own."""
 
     @abstractmethod
     def deliver(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> None:

@@ -161,7 +161,7 @@ class _Collected:
         old_pieces = _by_name_and_role(self._others)
         for (name, span), piece in self._pieces.items():
             for role in ROLES:
-                if role == "gradient" or piece.owner == self._rank:
+                if role == "gradient" or piece.has_sum(self._rank):
                     self._inherit(name, span, role, piece, old_pieces)
         self._store.settle(self._loose, self._pieces)
         # What was loaded as it is must fit, too, and that must be known now.
@@ -176,7 +176,7 @@ class _Collected:
         piece = self._pieces.get((name, span))
         if role not in ROLES:
             return True
-        return piece is not None and (role == "gradient" or piece.owner == self._rank)
+        return piece is not None and (role == "gradient" or piece.has_sum(self._rank))
 
     def _inherit(
         self, name: str, span: str, role: str, piece: Piece, old: Mapping[tuple[str, str], list[tuple[int, int, State]]]

@@ -14,7 +14,7 @@ from gradcomp.interfaces import State
 
 __all__ = ["ROLES", "WAITING", "Key", "Loose", "NamedPieces", "StateStore", "parse", "unpack"]
 
-# "gradient": what a rank holds back of its own gradient; "sum": what the owner of a shard holds back of the sum.
+# "gradient": what a rank holds back of its own gradient; "sum": what one that compresses sums holds back of them.
 ROLES = ("gradient", "sum")
 # What is left of another compressor's residual, for the whole parameter, until it is sent with the next gradient.
 WAITING = "waiting"
@@ -294,7 +294,7 @@ def _same_piece(old: Piece | None, new: Piece | None, role: str) -> bool:
     """Whether a state of ``old`` serves ``new`` as it is."""
     if old is None or new is None or (old.codec, old.shape) != (new.codec, new.shape):
         return False
-    return role == "gradient" or old.owner == new.owner
+    return role == "gradient" or (old.owner, old.reducers) == (new.owner, new.reducers)
 
 
 def _items(mapping: object, where: str) -> list[tuple[str, object]]:

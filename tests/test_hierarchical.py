@@ -81,7 +81,7 @@ def test_uncompressed_equals_a_flat_exchange(hosts: int, ranks: int, local_dtype
 
 
 @pytest.mark.parametrize(
-    ("compressor", "exchange"), [("onebit:block=64", "all_gather"), ("fp16", "two_shot"), ("powersgd", "auto")]
+    ("compressor", "exchange"), [("onebit:block=64", "all_gather"), ("fp16", "two_shot"), ("powersgd", "auto"), ("topk", "tree")]
 )
 def test_replicas_stay_bit_identical(compressor: str, exchange: str) -> None:
     results = run_hosts(3, 2, lambda t: trained(t, compressor=compressor, exchange=exchange))
@@ -90,7 +90,7 @@ def test_replicas_stay_bit_identical(compressor: str, exchange: str) -> None:
 
 
 @pytest.mark.parametrize(("hosts", "ranks"), HIERARCHIES)
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 def test_what_is_not_applied_is_held_back_by_leaders(hosts: int, ranks: int, exchange: str) -> None:
     def rank_main(transport: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weight = nn.Parameter(torch.zeros(160, 64))
