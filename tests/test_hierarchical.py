@@ -81,7 +81,8 @@ def test_uncompressed_equals_a_flat_exchange(hosts: int, ranks: int, local_dtype
 
 
 @pytest.mark.parametrize(
-    ("compressor", "exchange"), [("onebit:block=64", "all_gather"), ("fp16", "two_shot"), ("powersgd", "auto"), ("topk", "tree")]
+    ("compressor", "exchange"),
+    [("onebit:block=64", "all_gather"), ("fp16", "two_shot"), ("powersgd", "auto"), ("topk", "tree")],
 )
 def test_replicas_stay_bit_identical(compressor: str, exchange: str) -> None:
     results = run_hosts(3, 2, lambda t: trained(t, compressor=compressor, exchange=exchange))

@@ -112,7 +112,8 @@ def exchanged(transport: Any, exchange: str, reduction: str, spec: str) -> list[
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("exchange", "reduction"), [("all_gather", "mean"), ("all_gather", "sum"), ("two_shot", "mean"), ("tree", "mean")]
+    ("exchange", "reduction"),
+    [("all_gather", "mean"), ("all_gather", "sum"), ("two_shot", "mean"), ("tree:arity=3", "mean")],
 )
 def test_the_majority_wins(exchange: str, reduction: str, world_size: int) -> None:
     spec = "signsgd:variant=majority,scale=0.25"

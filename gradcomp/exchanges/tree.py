@@ -1,4 +1,4 @@
-"""Packets are added up on their way up a tree of ranks, compressed again on each hop, and the root's goes down to all."""
+"""Packets go up a tree of ranks, added up and compressed again on each hop, and the root's goes down to all."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Tree(Exchange):
     at a time beside its own: a parameter server's link carries N of them. ``two_shot`` carries fewer still, 2(N - 1)/N,
     but in 2N(N - 1) messages; here there are 2(N - 1), each to a neighbour.
 
-    The price is depth d = log_k(N): 2d trips one after the other, and up to d + 1 compressions of what a leaf sends. Each
-    inner node holds back a part of its subtree's sum, so what is small arrives later than with ``two_shot``, and a
+    The price is the depth d, about log_k(N): 2d trips one after the other, and d + 1 compressions of what a leaf sends.
+    Each inner node holds back a part of its subtree's sum, so what is small arrives later than with ``two_shot``, and a
     ``signsgd`` vote becomes a vote of votes. A larger k is flatter: better accuracy and latency, more bytes at a node.
     Buckets overlap; within one, nothing is pipelined.
 
