@@ -41,10 +41,11 @@ def sainath_parada() -> nn.Sequential:
         *(nn.Linear(430, 430), nn.ReLU()),
         nn.Linear(430, 10),
     )
-    for layer in net:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.zeros_(parameter)
     return net
 
 
@@ -111,7 +112,7 @@ def load_speech(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tens
             "the others to train on; set data= to the folder of the Free Spoken Digit Dataset, which holds "
             "recordings/DIGIT_SPEAKER_INDEX.wav: https://github.com/Jakobovski/free-spoken-digit-dataset"
         )
-    features = torch.cat([log_mel(part) for part in sounds.split(500)]).unsqueeze(1)
+    features = torch.cat([log_mel(part) for part in torch.split(sounds, 500)]).unsqueeze(1)
     seen = features[~held_out]
     features = (features - seen.mean((0, 1, 3), keepdim=True)) / seen.std((0, 1, 3), keepdim=True).clamp_min(1e-3)
     targets = torch.tensor(digits)
