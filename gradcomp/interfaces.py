@@ -78,6 +78,11 @@ class Compressor(Configured, ABC):
         """
         return ("residual",)
 
+    @property
+    def for_sums(self) -> Compressor:
+        """What compresses sums of its packets: itself, without what is done to gradients once, such as momentum."""
+        return self
+
     def new_state(self, grad: Tensor) -> State:
         """What must last between steps for a tensor like ``grad``.
 

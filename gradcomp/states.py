@@ -48,12 +48,13 @@ class StateStore:
         return self._states[key]
 
     def _fresh(self, key: Key, piece: Piece, grad: Tensor) -> State:
-        fresh = piece.codec.new_state(grad)
-        if piece.codec.in_step and key[2] == "sum":
+        codec = piece.codec.for_sums if key[2] == "sum" else piece.codec
+        fresh = codec.new_state(grad)
+        if codec.in_step and key[2] == "sum":
             # An owner that is new, to a run that is not: it counts the steps that all ranks have counted.
             counted = self._states.get((*key[:2], "gradient"), {})
             fresh |= {field: tensor.clone() for field, tensor in counted.items() if tensor.dtype == torch.int64}
-        piece.codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
+        codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
         return fresh
 
     def _restore(self, key: Key, fresh: State) -> State:

@@ -270,7 +270,7 @@ class BucketWork(Work):
         if self._gradients.get(position) is None:
             self._commits.append(partial(piece.codec.pass_over, self._state(piece)))
         if piece in self._without_sum:
-            self._commits.append(partial(piece.codec.pass_over, self._state(piece, "sum")))
+            self._commits.append(partial(piece.codec.for_sums.pass_over, self._state(piece, "sum")))
 
     def _state(self, piece: Piece, role: str = "gradient") -> State:
         like = torch.empty(piece.shape, dtype=torch.float32, device=self._device)
@@ -297,7 +297,7 @@ class BucketWork(Work):
         if piece.codec.stateless:
             return piece.codec.encode(total)
         state = self._store.get(self._name(piece), piece, "sum", total)
-        packet, commit = piece.codec.prepare(total, state)
+        packet, commit = piece.codec.for_sums.prepare(total, state)
         self._commits.append(commit)
         return packet
 
