@@ -117,9 +117,9 @@ class Piece:
         """Number of elements."""
         return self.stop - self.start
 
-    def has_sum(self, rank: int) -> bool:
-        """Whether that rank compresses a sum of packets again, and so has a state for it."""
-        return rank == self.owner or rank in self.reducers
+    def has_sum(self, rank: int | None) -> bool:
+        """Whether that rank, if it is one, compresses a sum of packets again, and so has a state for it."""
+        return rank is not None and (rank == self.owner or rank in self.reducers)
 
 
 @dataclass(frozen=True)

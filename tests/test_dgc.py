@@ -157,7 +157,7 @@ def test_warm_up_shares(start: float, end: float) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        "dgc:ratio=1.0,momentum=0.5,masking=false,clip=90",
+        "dgc:ratio=1.0,momentum=0.5,masking=false,clip=50",
         'scheduled:stages=[[2,"topk:ratio=1.0"]],then="dgc:ratio=1.0,momentum=0.5,masking=false"',
         'warmup:compressor="dgc:ratio=0.9,momentum=0.5,masking=false",start=1.0,steps=400',
     ],
@@ -166,12 +166,12 @@ def test_sums_that_are_compressed_again_get_momentum_and_clipping_once(spec: str
     """Whoever sends everything gets what all_gather gives, however often it is compressed."""
 
     def rank_main(transport: Any, exchange: str) -> Tensor:
-        weight = nn.Parameter(torch.zeros(160, 64))
+        weight = nn.Parameter(torch.zeros(1, 4000))  # one row is not cut: clipping is by pieces
         optimizer = torch.optim.SGD([weight], lr=1.0)
         with attach(None, optimizer, transport, compressor=spec, exchange=exchange, reduction="sum") as sync:
             for step in range(6):
                 optimizer.zero_grad()
-                gradient = torch.randn(160, 64, generator=torch.Generator().manual_seed(100 * step + transport.rank))
+                gradient = torch.randn(1, 4000, generator=torch.Generator().manual_seed(100 * step + transport.rank))
                 (weight * gradient).sum().backward()
                 optimizer.step()
             states = sync.state_dict()["states"]["group0.0"]
@@ -179,6 +179,6 @@ def test_sums_that_are_compressed_again_get_momentum_and_clipping_once(spec: str
         return weight.detach()
 
     (expected, *_) = run_ranks(5, lambda transport: rank_main(transport, "all_gather"))
-    assert float(expected.abs().mean()) > 1.0
+    assert float(expected.abs().mean()) > 0.3
     for found in run_ranks(5, lambda transport: rank_main(transport, exchange)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
