@@ -101,6 +101,7 @@ class Piece:
         start, stop: range of flat elements.
         shape: the whole unit's, or a run of its rows.
         owner: the rank that reduces it, or None if every rank does.
+        reducers: ranks that reduce a part of it, each, on its way.
     """
 
     unit: int
@@ -109,11 +110,16 @@ class Piece:
     shape: tuple[int, ...]
     codec: Compressor
     owner: int | None = None
+    reducers: range = range(0)
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return self.stop - self.start
+
+    def has_sum(self, rank: int | None) -> bool:
+        """Whether that rank, if it is one, compresses a sum of packets again, and so has a state for it."""
+        return rank is not None and (rank == self.owner or rank in self.reducers)
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,13 @@ class Transport(Configured, ABC):
         """How many exchange packets: all ranks, or the leaders of hosts."""
         return self.world_size if self.levels is None else self.levels.hosts
 
+    @property
+    def party(self) -> int | None:
+        """This rank's number among those, or None if it is not one of them."""
+        if self.levels is None:
+            return self.rank
+        return None if self.levels.between is None else self.levels.between.rank
+
     @classmethod
     def for_part(cls: type[T], options: Mapping[str, object], part: Part) -> T:
         """A transport of the ranks of ``part`` only; ``options`` as for ``from_options``.
@@ -209,7 +216,8 @@ class Transport(Configured, ABC):
         next; on the CPU it blocks.
 
         Args:
-            outgoing, incoming: flat uint8, on the device; ``outgoing`` must not change until :meth:`close`.
+            outgoing, incoming: flat uint8, on the device; ``outgoing`` must not change until :meth:`close`. A rank that
+                only takes part sends itself an empty one.
 
         Raises:
             PeerLost, TransportTimeout: a peer is gone, or did not come to it.

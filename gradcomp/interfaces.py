@@ -78,6 +78,11 @@ class Compressor(Configured, ABC):
         """
         return ("residual",)
 
+    @property
+    def for_sums(self) -> Compressor:
+        """What compresses sums of its packets: itself, without what is done to gradients once, such as momentum."""
+        return self
+
     def new_state(self, grad: Tensor) -> State:
         """What must last between steps for a tensor like ``grad``.
 
@@ -269,7 +274,7 @@ class Work(ABC):
 
     @abstractmethod
     def reduce(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> Message:
-        """Add up one message a rank, in rank order, and compress the sum again, with a residual of its own."""
+        """Add up messages, in the order given, and compress the sum again, with a residual of its own."""
 
     @abstractmethod
     def deliver(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> None:

@@ -65,7 +65,7 @@ def restore_together(
     problem: GradcompError | None = None
     agreed: handshake.Hello = {}
     try:
-        step, store = restore(state_dicts, plan, about, device)
+        step, store = restore(state_dicts, plan, about, device, transport.party)
         agreed = {"checkpoint": "fits", "step": step}
     except GradcompError as error:
         # The others must hear of it, or they would wait for this rank.
@@ -76,7 +76,11 @@ def restore_together(
 
 
 def restore(
-    state_dicts: Iterable[Mapping[str, object]], plan: Plan, about: Mapping[str, object], device: torch.device
+    state_dicts: Iterable[Mapping[str, object]],
+    plan: Plan,
+    about: Mapping[str, object],
+    device: torch.device,
+    party: int | None,
 ) -> tuple[int, StateStore]:
     """Step and states of one rank, from the state dicts of as many ranks or of others.
 
@@ -85,6 +89,7 @@ def restore(
             generator need not hold more than one.
         about: what this run's state dicts say of it.
         device: where the gradients lie.
+        party: this rank's number among those that exchange packets; None if it is not one of them.
 
     Raises:
         StateError: an old rank's state is missing or there twice, they are from different steps or world sizes, or one
@@ -94,7 +99,7 @@ def restore(
     for state_dict in state_dicts:
         if collected is None:
             old_world_size = _integer(state_dict, "world_size", 1)
-            collected = _Collected(plan, about, old_world_size, device)
+            collected = _Collected(plan, about, old_world_size, device, party)
         collected.add(state_dict)
     if collected is None:
         raise StateError("there is no state to load")
@@ -104,7 +109,10 @@ def restore(
 class _Collected:
     """What was found so far, of one checkpoint, for one rank."""
 
-    def __init__(self, plan: Plan, about: Mapping[str, object], old_world_size: int, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, about: Mapping[str, object], old_world_size: int, device: torch.device, party: int | None
+    ) -> None:
+        self._party = party
         self._rank, self._world_size = _integer(about, "rank", 0), _integer(about, "world_size", 1)
         self._expected = {field: about[field] for field in ("format", "compressor")}
         self._old_world_size = old_world_size
@@ -161,7 +169,7 @@ class _Collected:
         old_pieces = _by_name_and_role(self._others)
         for (name, span), piece in self._pieces.items():
             for role in ROLES:
-                if role == "gradient" or piece.owner == self._rank:
+                if role == "gradient" or piece.has_sum(self._party):
                     self._inherit(name, span, role, piece, old_pieces)
         self._store.settle(self._loose, self._pieces)
         # What was loaded as it is must fit, too, and that must be known now.
@@ -176,7 +184,7 @@ class _Collected:
         piece = self._pieces.get((name, span))
         if role not in ROLES:
             return True
-        return piece is not None and (role == "gradient" or piece.owner == self._rank)
+        return piece is not None and (role == "gradient" or piece.has_sum(self._party))
 
     def _inherit(
         self, name: str, span: str, role: str, piece: Piece, old: Mapping[tuple[str, str], list[tuple[int, int, State]]]

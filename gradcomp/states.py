@@ -14,7 +14,7 @@ from gradcomp.interfaces import State
 
 __all__ = ["ROLES", "WAITING", "Key", "Loose", "NamedPieces", "StateStore", "parse", "unpack"]
 
-# "gradient": what a rank holds back of its own gradient; "sum": what the owner of a shard holds back of the sum.
+# "gradient": what a rank holds back of its own gradient; "sum": what one that compresses sums holds back of them.
 ROLES = ("gradient", "sum")
 # What is left of another compressor's residual, for the whole parameter, until it is sent with the next gradient.
 WAITING = "waiting"
@@ -48,12 +48,13 @@ class StateStore:
         return self._states[key]
 
     def _fresh(self, key: Key, piece: Piece, grad: Tensor) -> State:
-        fresh = piece.codec.new_state(grad)
-        if piece.codec.in_step and key[2] == "sum":
+        codec = piece.codec.for_sums if key[2] == "sum" else piece.codec
+        fresh = codec.new_state(grad)
+        if codec.in_step and key[2] == "sum":
             # An owner that is new, to a run that is not: it counts the steps that all ranks have counted.
             counted = self._states.get((*key[:2], "gradient"), {})
             fresh |= {field: tensor.clone() for field, tensor in counted.items() if tensor.dtype == torch.int64}
-        piece.codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
+        codec.seed_state(fresh, parameter=" ".join(key), rank=self._rank)
         return fresh
 
     def _restore(self, key: Key, fresh: State) -> State:
@@ -294,7 +295,7 @@ def _same_piece(old: Piece | None, new: Piece | None, role: str) -> bool:
     """Whether a state of ``old`` serves ``new`` as it is."""
     if old is None or new is None or (old.codec, old.shape) != (new.codec, new.shape):
         return False
-    return role == "gradient" or old.owner == new.owner
+    return role == "gradient" or (old.owner, old.reducers) == (new.owner, new.reducers)
 
 
 def _items(mapping: object, where: str) -> list[tuple[str, object]]:

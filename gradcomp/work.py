@@ -81,6 +81,7 @@ class BucketWork(Work):
         self._undelivered = dict(self._unencoded)
         self._commits: list[Callable[[], object]] = []
         self._held: list[tuple[Piece, list[Packet | None], set[int]]] = []
+        self._without_sum: set[Piece] = set()  # to be reduced here, had any of the ranks below had a gradient
 
     # -- what an exchange calls ----------------------------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ class BucketWork(Work):
         return message
 
     def reduce(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> Message:
-        """Add up in rank order and compress again, with the owner's residual."""
+        """Add up in the order given and compress again, with the residual of sums."""
         with self._record.timed("compress_s"):
             packets = [
                 self._reduce(piece, [message.packets[i] for message in messages]) for i, piece in enumerate(pieces)
@@ -147,7 +148,7 @@ class BucketWork(Work):
     ) -> Generator[Sequence[Incoming], None, dict[int, Message]]:
         """Heads by way of the host, for they say how long the payloads are; payloads from device to device."""
         incoming = {peer: self.recv(peer, stage) for peer in expected}
-        sending: dict[int, Tensor] = {}
+        sending = {self.rank: torch.empty(0, dtype=torch.uint8, device=self._device)}  # so that a rank takes part
         last: tuple[Message, list[Buffer], Tensor] | None = None
         for peer, message in outgoing:
             if last is None or last[0] is not message:
@@ -264,12 +265,16 @@ class BucketWork(Work):
     def _keep_in_step(self, piece: Piece, present: set[int]) -> None:
         """A rank without a gradient goes on to the next step with those that have one."""
         position = self._bucket.units[piece.unit].parameters[0]
-        if piece.codec.in_step and position in present and self._gradients.get(position) is None:
+        if not piece.codec.in_step or position not in present:
+            return
+        if self._gradients.get(position) is None:
             self._commits.append(partial(piece.codec.pass_over, self._state(piece)))
+        if piece in self._without_sum:
+            self._commits.append(partial(piece.codec.for_sums.pass_over, self._state(piece, "sum")))
 
-    def _state(self, piece: Piece) -> State:
+    def _state(self, piece: Piece, role: str = "gradient") -> State:
         like = torch.empty(piece.shape, dtype=torch.float32, device=self._device)
-        return self._store.get(self._name(piece), piece, "gradient", like)
+        return self._store.get(self._name(piece), piece, role, like)
 
     def _decoder(self, piece: Piece) -> Compressor:
         """What decodes all ranks' packets of this step, which is not committed yet."""
@@ -278,6 +283,7 @@ class BucketWork(Work):
     def _reduce(self, piece: Piece, packets: Sequence[Packet | None]) -> Packet | None:
         given = [packet for packet in packets if packet is not None]
         if not given:
+            self._without_sum.add(piece)
             return None
         broken = next((packet for packet in given if packet.is_nonfinite), None)
         if broken is not None:
@@ -291,7 +297,7 @@ class BucketWork(Work):
         if piece.codec.stateless:
             return piece.codec.encode(total)
         state = self._store.get(self._name(piece), piece, "sum", total)
-        packet, commit = piece.codec.prepare(total, state)
+        packet, commit = piece.codec.for_sums.prepare(total, state)
         self._commits.append(commit)
         return packet
 

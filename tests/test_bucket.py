@@ -65,7 +65,7 @@ def test_a_table_that_cannot_be_exchanged_is_refused(named: list[tuple[str, torc
         tensor_table(named, SPARSE, DenseRule())
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize(
     "shapes", [[(4096, 2048)], [(10,), (3, 5, 7)], [(2, 100_000)], [(), (0, 4), (1,)], [(640, 64)] * 5 + [(9000,)]]

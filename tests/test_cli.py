@@ -62,7 +62,7 @@ def test_a_command_is_needed() -> None:
         (["--transport", "carrier-pigeon"], "unknown transport 'carrier-pigeon'"),
         (
             ["--exchange", "ring"],
-            "unknown exchange 'ring'; available: all_gather, all_reduce, auto, hierarchical, two_shot",
+            "unknown exchange 'ring'; available: all_gather, all_reduce, auto, hierarchical, tree, two_shot",
         ),
         (["--set", "lr=fast"], "lr=fast is not allowed; it must be float"),
         (["--set", "width=3"], "unknown option 'width'; it has lr"),

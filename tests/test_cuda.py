@@ -130,7 +130,7 @@ def assert_equal(found: list[list[Tensor]], expected: list[list[Tensor]]) -> Non
 
 @pytest.mark.parametrize("device", DEVICES)
 class TestRanks:
-    @pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "all_reduce"])
+    @pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree", "all_reduce"])
     @pytest.mark.parametrize("run", [lambda function: run_ranks(2, function), over_zmq], ids=["inproc", "zmq"])
     @pytest.mark.parametrize("spec", ["none", "threshold:tau=0.5", "onebit:block=64", "powersgd:rank=2"])
     def test_one_on_the_device_and_one_on_the_cpu(

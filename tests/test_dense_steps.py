@@ -14,7 +14,7 @@ from gradcomp.bucket import Unit
 from gradcomp.errors import PacketError, PeerLost
 from gradcomp.packet import Kind
 
-EXCHANGES = ["all_reduce", "all_gather", "two_shot"]
+EXCHANGES = ["all_reduce", "all_gather", "two_shot", "tree"]
 # Matrices large enough for factors and for shards, and what never has factors: a vector, tiny, empty, 0-dim tensors.
 SHAPES = [(160, 64), (40, 30), (70,), (2, 2), (0, 5), (), (24, 3, 3, 3)]
 
@@ -249,7 +249,7 @@ def test_ranks_without_a_gradient_do_not_fall_behind(spec: str, exchange: str) -
     torch.testing.assert_close(given, results[0][1] + sum(result[2] for result in results), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize(
     "spec", ["powersgd:dense_steps=3", 'scheduled:stages=[[3,"none"]],then="powersgd"', 'scheduled:stages=[[3,"fp16"]]']
 )

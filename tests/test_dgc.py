@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from ranks import attach, run_ranks
+from torch import Tensor, nn
 
 from gradcomp.compressors.dgc import DeepGradientCompression as Dgc
 from gradcomp.residual import clip_scale, warm_up_rung, warm_up_shares
@@ -148,3 +151,34 @@ def test_warm_up_shares(start: float, end: float) -> None:
     assert rungs == sorted(rungs)
     assert set(rungs) == set(range(len(shares)))
     assert rungs[99] == len(shares) - 2
+
+
+@pytest.mark.parametrize("exchange", ["two_shot", "tree"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "dgc:ratio=1.0,momentum=0.5,masking=false,clip=50",
+        'scheduled:stages=[[2,"topk:ratio=1.0"]],then="dgc:ratio=1.0,momentum=0.5,masking=false"',
+        'warmup:compressor="dgc:ratio=0.9,momentum=0.5,masking=false",start=1.0,steps=400',
+    ],
+)
+def test_sums_that_are_compressed_again_get_momentum_and_clipping_once(spec: str, exchange: str) -> None:
+    """Whoever sends everything gets what all_gather gives, however often it is compressed."""
+
+    def rank_main(transport: Any, exchange: str) -> Tensor:
+        weight = nn.Parameter(torch.zeros(1, 4000))  # one row is not cut: clipping is by pieces
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        with attach(None, optimizer, transport, compressor=spec, exchange=exchange, reduction="sum") as sync:
+            for step in range(6):
+                optimizer.zero_grad()
+                gradient = torch.randn(1, 4000, generator=torch.Generator().manual_seed(100 * step + transport.rank))
+                (weight * gradient).sum().backward()
+                optimizer.step()
+            states = sync.state_dict()["states"]["group0.0"]
+            assert not any("momentum" in field for roles in states.values() for field in roles.get("sum", {}))
+        return weight.detach()
+
+    (expected, *_) = run_ranks(5, lambda transport: rank_main(transport, "all_gather"))
+    assert float(expected.abs().mean()) > 0.3
+    for found in run_ranks(5, lambda transport: rank_main(transport, exchange)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)

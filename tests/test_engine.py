@@ -23,7 +23,7 @@ COMPRESSORS = [
     "topk:ratio=0.05",
     "qsgd:levels=7,bucket=64",
 ]
-EXCHANGES = ["all_gather", "two_shot", "auto"]
+EXCHANGES = ["all_gather", "two_shot", "tree", "auto"]
 # `make soak` takes 200; a divergence shows within a few.
 STEPS = int(os.environ.get("GRADCOMP_SOAK_STEPS", "30"))
 
@@ -40,7 +40,7 @@ def trained(transport: Any, steps: int, **options: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [3, 4])
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_replicas_stay_bit_identical(compressor: str, exchange: str, world_size: int) -> None:
     options = {"compressor": compressor, "exchange": exchange, "bucket_bytes": 1 << 20}
@@ -74,7 +74,7 @@ def test_uncompressed_equals_the_mean_of_all_gradients(exchange: str, when: str)
         torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("compressor", ["threshold:tau=0.01", "onebit:block=64", "topk:ratio=0.05"])
 def test_what_is_not_applied_is_held_back(compressor: str, exchange: str) -> None:
     """Sum of all gradients == sum of all that was applied + all residuals, of ranks and of shard owners."""
@@ -176,7 +176,7 @@ def two_heads(transport: Any, used: list[bool], compressor: str, exchange: str) 
         return a.grad, b.grad, bias.grad
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("compressor", ["none", "threshold:tau=0.5", "topk:k=64"])
 def test_a_parameter_unused_on_one_rank_contributes_zeros(compressor: str, exchange: str) -> None:
     unit = 0.5 if compressor.startswith("threshold") else 1.0
@@ -187,7 +187,7 @@ def test_a_parameter_unused_on_one_rank_contributes_zeros(compressor: str, excha
         assert torch.equal(bias, torch.full((8,), 2.0))
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("compressor", ["none", "threshold:tau=0.5"])
 def test_a_parameter_unused_on_all_ranks_has_no_gradient(compressor: str, exchange: str) -> None:
     for a, b, bias in run_ranks(3, lambda t: two_heads(t, [False] * 3, compressor, exchange)):
@@ -196,7 +196,7 @@ def test_a_parameter_unused_on_all_ranks_has_no_gradient(compressor: str, exchan
         assert bias is None
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("compressor", ["threshold:tau=0.01", "threshold:density=0.1", "onebit:block=64", "topk:k=9"])
 @pytest.mark.parametrize(("where", "value"), [("0.weight", float("nan")), ("6.bias", float("-inf"))])
 def test_nonfinite_on_one_rank(compressor: str, exchange: str, where: str, value: float) -> None:
@@ -249,7 +249,7 @@ def test_replica_mismatch_names_the_first_parameter() -> None:
         assert "4.weight" in str(error)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_state_dict_restores_a_run_bit_for_bit(compressor: str, exchange: str) -> None:
     def rank_main(transport: Any, resumed: bool) -> list[torch.Tensor]:

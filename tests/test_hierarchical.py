@@ -81,7 +81,8 @@ def test_uncompressed_equals_a_flat_exchange(hosts: int, ranks: int, local_dtype
 
 
 @pytest.mark.parametrize(
-    ("compressor", "exchange"), [("onebit:block=64", "all_gather"), ("fp16", "two_shot"), ("powersgd", "auto")]
+    ("compressor", "exchange"),
+    [("onebit:block=64", "all_gather"), ("fp16", "two_shot"), ("powersgd", "auto"), ("topk", "tree")],
 )
 def test_replicas_stay_bit_identical(compressor: str, exchange: str) -> None:
     results = run_hosts(3, 2, lambda t: trained(t, compressor=compressor, exchange=exchange))
@@ -90,7 +91,7 @@ def test_replicas_stay_bit_identical(compressor: str, exchange: str) -> None:
 
 
 @pytest.mark.parametrize(("hosts", "ranks"), HIERARCHIES)
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 def test_what_is_not_applied_is_held_back_by_leaders(hosts: int, ranks: int, exchange: str) -> None:
     def rank_main(transport: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weight = nn.Parameter(torch.zeros(160, 64))
@@ -484,3 +485,30 @@ def test_hosts_come_from_the_environment(
     levels = exchange.transport(None).levels
     assert levels is not None
     assert (levels.host, levels.hosts, levels.local.rank, levels.between) == (1, 2, 1, None)
+
+
+@pytest.mark.parametrize("exchange", ["two_shot", "tree"])
+def test_leaders_that_compress_sums_resume_to_the_bit(exchange: str) -> None:
+    """Leaders are numbered among themselves: the second host's is rank 2 of the run, and owner 1 of a shard."""
+
+    def rank_main(transport: Any, states: Any) -> Any:
+        weight = nn.Parameter(torch.zeros(160, 64))
+        options = {"compressor": "topk:ratio=0.05", "exchange": exchange}
+        with attach(None, torch.optim.SGD([weight], lr=1.0), transport, **options) as sync:
+            if states is not None:
+                sync.load_state_dicts(states)
+            else:
+                (
+                    weight * torch.randn(160, 64, generator=torch.Generator().manual_seed(transport.rank))
+                ).sum().backward()
+            return sync.state_dict()["states"].get("group0.0", {}) if states is not None else sync.state_dict()
+
+    saved = run_hosts(4, 2, lambda transport: rank_main(transport, None))
+    sums = 0
+    for rank, found in enumerate(run_hosts(4, 2, lambda transport: rank_main(transport, saved))):
+        before = saved[rank]["states"].get("group0.0", {})
+        assert {span: set(roles) for span, roles in found.items()} == {span: set(r) for span, r in before.items()}
+        for span, roles in before.items():
+            sums += "sum" in roles
+            assert all(torch.equal(found[span][role]["residual"], roles[role]["residual"]) for role in roles)
+    assert sums == 2

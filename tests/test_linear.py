@@ -134,7 +134,7 @@ def test_what_is_not_linear_is_refused_by_name(spec: str) -> None:
     ("exchange", "world_size"),
     [
         *((exchange, ranks) for exchange in ("all_reduce", "all_reduce:trip_bytes=0") for ranks in (2, 3, 4)),
-        *((exchange, 3) for exchange in ("all_gather", "two_shot", "auto")),
+        *((exchange, 3) for exchange in ("all_gather", "two_shot", "tree", "auto")),
     ],
 )
 @pytest.mark.parametrize("spec", ["randomk:ratio=0.1", "randomk:ratio=0.1,unbiased=true", "powersgd"])
@@ -172,7 +172,7 @@ def test_none_is_the_sum_in_rank_order(exchange: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("exchange", ["all_reduce", "all_gather", "two_shot", "auto"])
+@pytest.mark.parametrize("exchange", ["all_reduce", "all_gather", "two_shot", "tree", "auto"])
 @pytest.mark.parametrize("spec", WITH_RESIDUAL)
 def test_what_is_not_applied_is_held_back(spec: str, exchange: str) -> None:
     """Sum of all gradients == sum of all that was applied + all residuals."""

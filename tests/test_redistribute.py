@@ -84,7 +84,7 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize(
     ("spec", "exchange"),
-    [(spec, exchange) for spec in SPECS for exchange in ("all_gather", "two_shot", "auto")]
+    [(spec, exchange) for spec in SPECS for exchange in ("all_gather", "two_shot", "tree", "auto")]
     + [(spec, "all_reduce") for spec in LINEAR],
 )
 def test_four_then_two_then_three(spec: str, exchange: str) -> None:
@@ -118,7 +118,7 @@ def test_four_then_two_then_three(spec: str, exchange: str) -> None:
         assert all(torch.isfinite(p).all() for p in saved[0]["net"])
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("spec", ["threshold:density=0.05", "dgc:momentum=0.9", "qsgd:feedback=true", *LINEAR])
 def test_the_same_ranks_resume_bit_for_bit(spec: str, exchange: str) -> None:
     options = {"compressor": spec, "exchange": exchange}

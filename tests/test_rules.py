@@ -126,7 +126,7 @@ def test_a_rule_for_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> Non
     assert "layer4.*" in record.getMessage()
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 def test_training_by_rules_keeps_replicas_identical(exchange: str) -> None:
     rules = Rules([Rule(name="0.weight", compressor="onebit:block=8"), Rule(name="4.*", compressor="dgc:ratio=0.1")])
 

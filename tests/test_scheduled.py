@@ -129,7 +129,7 @@ def test_a_warm_up_of_dgc_keeps_its_momentum() -> None:
         torch.testing.assert_close(state["0.momentum"], velocity)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 def test_a_checkpoint_restores_the_stage(exchange: str) -> None:
     def rank_main(transport: Any, resumed: bool) -> list[torch.Tensor]:
         net = small_net()

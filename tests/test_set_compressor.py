@@ -43,7 +43,7 @@ def step(weight: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: torch
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 def test_nothing_is_lost(exchange: str, world_size: int) -> None:
     """Sum of all gradients == sum of all that was applied + all residuals, after every change and at the end."""
     shape = (160, 64)
@@ -78,7 +78,7 @@ def test_nothing_is_lost(exchange: str, world_size: int) -> None:
         assert lost.abs().max() < 3e-4
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "auto"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree", "auto"])
 def test_replicas_stay_identical_and_train(exchange: str) -> None:
     def rank_main(transport: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_replicas_stay_identical_and_train(exchange: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 def test_a_residual_without_a_place_goes_out_with_the_next_gradient(exchange: str) -> None:
     """In a bucket of joined tensors, after a step that was not finite, and not before the parameter has a gradient."""
 
@@ -223,7 +223,7 @@ def test_in_the_midst_of_a_step_is_too_late() -> None:
         assert "under way" in str(error)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 def test_a_checkpoint_holds_what_waits(exchange: str) -> None:
     def rank_main(transport: Any, resumed: bool) -> list[torch.Tensor]:
         net = small_net()

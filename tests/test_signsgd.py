@@ -112,7 +112,8 @@ def exchanged(transport: Any, exchange: str, reduction: str, spec: str) -> list[
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("exchange", "reduction"), [("all_gather", "mean"), ("all_gather", "sum"), ("two_shot", "mean")]
+    ("exchange", "reduction"),
+    [("all_gather", "mean"), ("all_gather", "sum"), ("two_shot", "mean"), ("tree:arity=3", "mean")],
 )
 def test_the_majority_wins(exchange: str, reduction: str, world_size: int) -> None:
     spec = "signsgd:variant=majority,scale=0.25"
@@ -124,7 +125,7 @@ def test_the_majority_wins(exchange: str, reduction: str, world_size: int) -> No
             assert torch.equal(grads[step], 0.25 * votes.sign())
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 def test_a_vote_does_not_hide_what_is_not_finite(exchange: str) -> None:
     def rank_main(transport: Any) -> torch.Tensor:
         weight = nn.Parameter(torch.zeros(640, 40))

@@ -55,7 +55,7 @@ def trained(options: dict[str, Any], steps: int = 4) -> Callable[[Any], tuple[li
     ("compressor", "exchange", "payloads"),
     [
         *itertools.product(
-            ["none", "threshold:density=0.1", "powersgd:rank=2"], ["all_gather", "two_shot"], ["device"]
+            ["none", "threshold:density=0.1", "powersgd:rank=2"], ["all_gather", "two_shot", "tree"], ["device"]
         ),
         ("threshold:density=0.1", "two_shot", "host"),
     ],
@@ -90,7 +90,7 @@ def test_auto_asks_the_transport_and_ranks_must_agree() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "auto"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree", "auto"])
 @pytest.mark.parametrize("compressor", ["none", "threshold:density=0.1", "powersgd:rank=2"])
 def test_nccl_trains_to_the_same_replicas(compressor: str, exchange: str) -> None:
     def rank_main(transport: Any) -> list[Tensor]:

@@ -27,14 +27,14 @@ def assert_near(name: str, found: Result, expected: Result) -> None:
         torch.testing.assert_close(found[key], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "all_reduce"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree", "all_reduce"])
 @pytest.mark.parametrize("name", LOOPS)
 def test_uncompressed_is_what_ddp_does(name: str, exchange: str) -> None:
     for found, expected in zip(ours(name, compressor="none", exchange=exchange), ddp()[name], strict=True):
         assert_near(name, found, expected)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("name", LOOPS)
 def test_compressed_replicas_stay_bit_identical(name: str, exchange: str) -> None:
     """Every step is checked by its digest; here gradients too, and whether there is one."""
@@ -45,7 +45,7 @@ def test_compressed_replicas_stay_bit_identical(name: str, exchange: str) -> Non
             assert torch.equal(tensor, second[key]), key
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "tree"])
 @pytest.mark.parametrize("compressor", ["threshold:tau=0.02", "onebit:block=64", "topk:ratio=0.05", "int8"])
 def test_nothing_is_lost_over_micro_steps_frozen_steps_and_kept_gradients(compressor: str, exchange: str) -> None:
     """What all ranks computed is what was applied, and what they hold back: the sum over all steps."""

@@ -14,7 +14,7 @@ from training import Tied, filled, noise, perceptron, sgd
 import gradcomp
 
 COMPRESSORS = ["none", "threshold:tau=0.01", "onebit:block=64"]
-EXCHANGES = ["all_gather", "two_shot"]
+EXCHANGES = ["all_gather", "two_shot", "tree"]
 
 
 def step_of(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:

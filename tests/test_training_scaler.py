@@ -23,7 +23,7 @@ COMPRESSORS = [
     "signsgd:variant=majority,scale=0.01",
     'scheduled:stages=[[2,"topk:ratio=0.1"]],then="threshold:tau=0.02"',
 ]
-EXCHANGES = ["all_gather", "two_shot"]
+EXCHANGES = ["all_gather", "two_shot", "tree"]
 
 
 def saved(sync: Any) -> bytes:

@@ -20,7 +20,7 @@ Wire: a VALUES packet. The values in float32, then the unsigned index set: about
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -100,6 +100,10 @@ class DeepGradientCompression(Compressor):
     @property
     def additive(self) -> tuple[str, ...]:
         return ("residual", "momentum")
+
+    @property
+    def for_sums(self) -> Compressor:
+        return self if self.conserves else replace(self, momentum=0.0, nesterov=False, clip=0.0)
 
     def new_state(self, grad: Tensor) -> State:
         state = super().new_state(grad)

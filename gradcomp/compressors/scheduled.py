@@ -6,7 +6,7 @@ Wire: the packets of the stages' compressors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from gradcomp import registry
@@ -51,6 +51,11 @@ class Scheduled(Staged):
     def config(self) -> dict[str, object]:
         stages = [[until, inner.config()] for until, inner in self.stages]
         return {"id": self.id, "stages": stages, "then": self.then.config()}
+
+    @property
+    def for_sums(self) -> Compressor:
+        stages = tuple((until, inner.for_sums) for until, inner in self.stages)
+        return replace(self, stages=stages, then=self.then.for_sums)
 
     def compressors(self) -> Sequence[Compressor]:
         return (*(inner for _, inner in self.stages), self.then)

@@ -57,6 +57,10 @@ class Warmup(Staged):
     def config(self) -> dict[str, object]:
         return {"id": self.id, "compressor": self.compressor.config(), "steps": self.steps, "start": self.start}
 
+    @property
+    def for_sums(self) -> Compressor:
+        return dataclasses.replace(self, compressor=self.compressor.for_sums)
+
     def compressors(self) -> Sequence[Compressor]:
         return _rungs(self.compressor, self.start)
 
