@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradcomp import redistribute, replicas
+from gradcomp import redistribute, replicas, vectors
 from gradcomp.bucket import DenseRule
 from gradcomp.buffers import BufferPolicy
 from gradcomp.errors import ConfigError, GradcompError
@@ -23,6 +23,7 @@ from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 from gradcomp.states import unpack
 from gradcomp.stepper import Stepper
+from gradcomp.vectors import Vectors
 from gradcomp.version import WIRE_VERSION, __version__
 
 __all__ = ["GradientExchange"]
@@ -224,6 +225,11 @@ class GradientExchange:
             float32, same shape, on the CPU; bit-identical on all ranks.
         """
         return replicas.average(self.transport, self._stepper.next_turn(), tensor)
+
+    def all_reduce(self, tensors: Vectors, *, reduction: str = "sum", compressor: Spec = "none") -> Vectors:
+        """Add up vectors of your own over ranks; all ranks must call it. See :func:`gradcomp.vectors.all_reduce`."""
+        turn, settle = self._stepper.next_turn(), self._stepper.drain
+        return vectors.all_reduce(self.transport, turn, tensors, reduction, compressor, settle=settle)
 
     def state_dict(self) -> dict[str, object]:
         """Residuals and all else that must last, of this rank: a plain dict of tensors, strings and numbers.
