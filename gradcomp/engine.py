@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,7 @@ class GradientExchange:
         self._loss_scale = loss_scale or (lambda: 1.0)
         self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
         self._syncing = True
+        self._vector_turns = itertools.count()  # of their own: buckets of one step must share theirs
         self._closed = False
         self._handles: list[Handle] = []
         tensors = [tensor for _, tensor in named_parameters]
@@ -228,7 +230,7 @@ class GradientExchange:
 
     def all_reduce(self, tensors: Vectors, *, reduction: str = "sum", compressor: Spec = "none") -> Vectors:
         """Add up vectors of your own over ranks; all ranks must call it. See :func:`gradcomp.vectors.all_reduce`."""
-        turn, settle = self._stepper.next_turn(), self._stepper.drain
+        turn, settle = next(self._vector_turns), self._stepper.drain
         return vectors.all_reduce(self.transport, turn, tensors, reduction, compressor, settle=settle)
 
     def state_dict(self) -> dict[str, object]:

@@ -230,10 +230,12 @@ def test_buckets_under_way_are_left_alone(run: Any) -> None:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(net(inputs), targets).backward()
                 positions = list(reversed(range(len(list(net.parameters())))))
-                sync.ready(*positions[:3])  # the first bucket leaves
+                # Some buckets leave, on some ranks more than on others where sums need not be in one order.
+                early = 3 if sync.rank == 1 or transport.adds_up else 7
+                sync.ready(*positions[:early])
                 if beside:
                     sums += [sync.all_reduce(vector(sync.rank, numel)) for numel in (5, 300_000)]
-                sync.ready(*positions[3:])
+                sync.ready(*positions[early:])
                 optimizer.step()
             sync.check_replicas()
         return parameters_of(net), sums
@@ -286,9 +288,9 @@ with gradcomp.attach(torch.optim.SGD(net.parameters(), lr=0.1), transport=OPTION
 
 @pytest.mark.parametrize("transport", ["zmq", "gloo"])
 def test_processes(transport: str) -> None:
-    found = run_script(PROCESS, 3, options={"transport": transport}, deadline_s=90)
-    assert found[0] == found[1] == found[2]
-    assert [round(line["second"], 4) for line in found[0]] == [-3.0] * 3
+    found = run_script(PROCESS, 2, options={"transport": transport}, deadline_s=90)
+    assert found[0] == found[1]
+    assert [round(line["second"], 4) for line in found[0]] == [-2.0] * 3
 
 
 @pytest.mark.gpu
