@@ -4,14 +4,14 @@
     torchrun --standalone --nproc-per-node 2 examples/lbfgs.py               two processes here
     torchrun --standalone --nproc-per-node 4 examples/lbfgs.py --slow 3      rank 3 rests after each portion
 
-After Sandblaster in J. Dean et al., "Large scale distributed deep networks" (2012). Each evaluation of loss and gradient
+After Sandblaster in J. Dean et al., "Large scale distributed deep networks" (2012). An evaluation of loss and gradient
 is cut into many more portions than there are ranks. Who is done with one takes the next, so slow ranks do less and the
-others do not wait for them; a counter in the store that the ranks met by deals portions out. The result has the same
+others need not wait for them; a counter in the store that the ranks met by deals portions out. The result has the same
 bits whoever did what, for gradients are added up as whole numbers, which is exact in any order. The history is cut up,
 too: a rank keeps a slice of it, and adds its part to the dot products.
 
-How that differs from ``gradcomp.attach(torch.optim.LBFGS(...))``: there each rank evaluates its own closure, all of them
-as much and as often, each step waits for the slowest, and every rank keeps the whole history.
+How that differs from ``gradcomp.attach(torch.optim.LBFGS(...))``: there each rank evaluates its own closure, on its own
+batch, all ranks wait for the slowest, and each of them keeps the whole history.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import gradcomp
-from gradcomp.examples.tasks.digits import lenet, load_digits
+from gradcomp.examples.tasks.digits import load_digits
 
 PORTION = 50  # samples
 L2 = 1e-3  # the objective is the mean loss, and L2 / 2 of the squares of all weights
@@ -48,7 +48,7 @@ class Objective:
         self, sync: gradcomp.GradientExchange, model: nn.Module, images: Tensor, digits: Tensor, rest_s: float
     ) -> None:
         self.sync, self.model, self.parameters = sync, model, list(model.parameters())
-        self.portions = list(zip(images.split(PORTION), digits.split(PORTION), strict=True))
+        self.portions = list(zip(torch.split(images, PORTION), torch.split(digits, PORTION), strict=True))
         self.bits = EXACT_BITS - len(self.portions).bit_length()
         self.samples, self.rest_s = len(images), rest_s
         self.evaluations = self.done = 0
@@ -105,8 +105,8 @@ class History:
     def direction(self, gradient: Tensor) -> Tensor:
         """Minus the gradient times the inverse Hessian that the history tells of: L-BFGS's two loops.
 
-        The direction is a sum of multiples of the vectors remembered and the gradient. The loops need nothing but dot
-        products between these, of which each rank adds up its slice, and find the multiples (W. Chen et al., "Large-scale
+        It is a sum of multiples of the vectors remembered and the gradient, and the loops find the multiples from
+        nothing but dot products between these, of which each rank adds up its slice (W. Chen et al., "Large-scale
         L-BFGS using MapReduce", 2014). So there are two all-reduces, not two for each step remembered.
         """
         m = len(self.pairs)
@@ -162,6 +162,13 @@ def train(objective: Objective, weights: Tensor, steps: int, report: Callable[..
     vector_to_parameters(weights, objective.parameters)
 
 
+def network() -> nn.Sequential:
+    """Smooth, as second derivatives would have it."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 10)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=60)
@@ -171,7 +178,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    model = lenet()
+    model = network()
     # The optimizer takes no step: attach() brings the ranks together and makes their weights equal.
     sync = gradcomp.attach(torch.optim.SGD(model.parameters()), model=model, when="step")
     train_data, (test_images, test_digits) = load_digits()
