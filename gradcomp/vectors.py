@@ -38,9 +38,9 @@ _CASTS = (NoCompression, Float16, BFloat16)
 _Sum = Generator[Sequence[Incoming], None, Tensor]
 
 _SMALL_BYTES = 64 << 10  # goes along with the first message
-# A peer may send a chunk's part for each chunk under way before it is asked for: with two ranks that is all of them,
-# 8 MiB, half of what any connection allows.
-_CHUNK_BYTES, _UNDER_WAY = 2 << 20, 4
+# Two chunks under way are what a rank may send another before it is asked for, in full if there are but two ranks, else
+# in parts: 8 MiB at most, half of what any connection allows.
+_CHUNK_BYTES, _UNDER_WAY = 8 << 20, 2
 _TRIP_BYTES = 256 << 10  # as in exchange all_reduce: what a link carries in the time of one more trip
 _LENGTH = struct.Struct("<I")
 _HAND_OUT_STAGE = 2
@@ -161,16 +161,15 @@ def _open(data: memoryview, hello: handshake.Hello, mine: Tensor, rank: int, pee
 def _by_chunks(
     transport: Transport, slot: Slot, flat: Tensor, dtype: torch.dtype, divisor: int, settle: Callable[[], None]
 ) -> Tensor:
-    alone = transport.adds_up or transport.levels is not None
-    under_way, chunk_bytes = (1, _UNDER_WAY * _CHUNK_BYTES) if alone else (_UNDER_WAY, _CHUNK_BYTES)
-    chunks = torch.split(flat, chunk_bytes // 4)
+    chunks = torch.split(flat, (_CHUNK_BYTES if transport.world_size > 2 else _CHUNK_BYTES // 2) // 4)
     slots = [slot._replace(step=slot.step + number) for number in range(1, len(chunks) + 1)]
     pairs = zip(slots, chunks, strict=True)
     if transport.levels is not None:
         levels, timeout_s = transport.levels, transport.timeout_s
         return torch.cat([_over_levels(levels, *pair, dtype, divisor, settle, timeout_s) for pair in pairs])
     sums = [_sum(transport, *pair, dtype, divisor) for pair in pairs]
-    return torch.cat(_run(transport, sums, under_way, settle, transport.timeout_s))
+    # All ranks must begin an all-reduce of the transport's own in the same order: one at a time.
+    return torch.cat(_run(transport, sums, 1 if transport.adds_up else _UNDER_WAY, settle, transport.timeout_s))
 
 
 def _over_levels(
