@@ -255,9 +255,9 @@ def test_a_rank_that_leaves_is_named() -> None:
 
     zero, one, two = outcomes(3, rank_main)
     assert one is None
-    for error in (zero, two):
-        assert isinstance(error, PeerLost)
-        assert error.peer == 1
+    assert isinstance(zero, PeerLost)
+    assert isinstance(two, PeerLost)
+    assert 1 in (zero.peer, two.peer)  # the other one may have seen the first one leave, too
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
