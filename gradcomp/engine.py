@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradcomp import redistribute, replicas
+from gradcomp import redistribute, replicas, vectors
 from gradcomp.bucket import DenseRule
 from gradcomp.buffers import BufferPolicy
 from gradcomp.errors import ConfigError, GradcompError
@@ -23,6 +24,7 @@ from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 from gradcomp.states import unpack
 from gradcomp.stepper import Stepper
+from gradcomp.vectors import Vectors
 from gradcomp.version import WIRE_VERSION, __version__
 
 __all__ = ["GradientExchange"]
@@ -95,6 +97,7 @@ class GradientExchange:
         self._loss_scale = loss_scale or (lambda: 1.0)
         self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
         self._syncing = True
+        self._vector_turns = itertools.count()  # of their own: buckets of one step must share theirs
         self._closed = False
         self._handles: list[Handle] = []
         tensors = [tensor for _, tensor in named_parameters]
@@ -224,6 +227,11 @@ class GradientExchange:
             float32, same shape, on the CPU; bit-identical on all ranks.
         """
         return replicas.average(self.transport, self._stepper.next_turn(), tensor)
+
+    def all_reduce(self, tensors: Vectors, *, reduction: str = "sum", compressor: Spec = "none") -> Vectors:
+        """Add up vectors of your own over ranks; all ranks must call it. See :func:`gradcomp.vectors.all_reduce`."""
+        turn, settle = next(self._vector_turns), self._stepper.drain
+        return vectors.all_reduce(self.transport, turn, tensors, reduction, compressor, settle=settle)
 
     def state_dict(self) -> dict[str, object]:
         """Residuals and all else that must last, of this rank: a plain dict of tensors, strings and numbers.

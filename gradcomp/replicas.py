@@ -16,6 +16,7 @@ __all__ = [
     "BROADCAST_CHUNK_BYTES",
     "BUFFERS_BUCKET",
     "MEETING_BUCKET",
+    "VECTORS_BUCKET",
     "average",
     "broadcast",
     "check_agreed",
@@ -30,6 +31,7 @@ AVERAGE_BUCKET = 0xFFFF_FFFD
 AGREEMENT_BUCKET = 0xFFFF_FFFC
 BUFFERS_BUCKET = 0xFFFF_FFFB  # gradcomp.buffers
 MEETING_BUCKET = 0xFFFF_FFFA  # gradcomp.transports.hierarchical
+VECTORS_BUCKET = 0xFFFF_FFF9  # gradcomp.vectors
 
 
 def broadcast(transport: Transport, turn: int, tensors: Sequence[Tensor]) -> None:

@@ -129,10 +129,7 @@ class Stepper:
         for bucket in self.plan.buckets[self._submitted :]:
             self._submit(bucket)
         with self._record.timed("wait_s"):
-            self._running()
-            for level, driver in self._drivers.items():  # what was added up inside the host is submitted between hosts
-                with self._at(level):
-                    driver.drain()
+            self.drain()
         nonfinite = any(work.nonfinite for work in self._works)
         with torch.no_grad():
             for work in self._works:
@@ -147,6 +144,17 @@ class Stepper:
         self.gradients.end_step()
         self.totals.add(self._record, gradient_bytes=self.plan.gradient_bytes, nonfinite=nonfinite)
         self._start_step()
+
+    def drain(self) -> None:
+        """Wait until all buckets that have left are through; what they bring is put in place by :meth:`finish`.
+
+        Raises:
+            GradcompError: what a bucket failed with.
+        """
+        self._running()
+        for level, driver in self._drivers.items():  # what was added up inside the host is submitted between hosts
+            with self._at(level):
+                driver.drain()
 
     def _start_step(self) -> None:
         self._waiting = None
