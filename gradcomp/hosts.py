@@ -18,6 +18,7 @@ from gradcomp.errors import HandshakeError, PacketError, PeerLost, TransportErro
 from gradcomp.gradients import Gradients
 from gradcomp.interfaces import MY_TURN, Buffer, Incoming, Levels, Slot
 from gradcomp.lanes import to_device, to_host
+from gradcomp.products import Product
 
 __all__ = ["Host", "HostSums", "at_level"]
 
@@ -84,6 +85,12 @@ class HostSums(Gradients):
 
     def replace(self, position: int, memory: Tensor) -> None:
         self._own.replace(position, memory)
+
+    def watch(self, positions: Sequence[int]) -> None:
+        self._own.watch(positions)
+
+    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
+        return self._own.product(position, grad, start, stop)  # which is None once anything was added
 
     def may_use_up(self, position: int) -> bool:
         return position not in self._beside and self._own.may_use_up(position)
