@@ -26,6 +26,8 @@ from gradcomp.kernels.reference_random import philox
 __all__ = ["Product", "Products", "is_product", "saves"]
 
 _HEAD_NBYTES = 16  # of a FACTORS packet
+# What makes many dimensions of the two of a matrix product.
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 # Of float32, in units of its precision: errors of sums grow with the square root of their length.
 _TOLERANCE = 64.0
 
@@ -186,20 +188,25 @@ class _Layer:
         inputs = args[0] if args else kwargs.get("input")
         if (
             torch.compiler.is_compiling()  # what is compiled has no place for this
-            or type(output) is not Tensor
+            or not isinstance(output, Tensor)
             or not isinstance(inputs, Tensor)
-            or not (output.requires_grad and self._weight.requires_grad)
+            or output.grad_fn is None
+            or not self._weight.requires_grad
             or module.weight is not self._weight
             or not saves(inputs.numel() // inputs.shape[-1], *self._weight.shape)
         ):
             return
         # What autocast made of it is what the product was made of.
         held = [_Held.apply(self._weight, inputs.detach().to(output.dtype))]  # type: ignore[no-untyped-call]
-        output.register_hook(self._before_backward(held))  # type: ignore[no-untyped-call]
+        node = output.grad_fn
+        while node.name() in _VIEWS and node.next_functions[0][0] is not None:
+            node = node.next_functions[0][0]  # a view's own node is left out where the view is written to
+        node.register_prehook(self._before_backward(held))
 
-    def _before_backward(self, held: list[Tensor]) -> Callable[[Tensor], None]:
-        def hook(errors: Tensor) -> None:
-            if not held:
+    def _before_backward(self, held: list[Tensor]) -> Callable[[tuple[Tensor, ...]], None]:
+        def hook(gradients: tuple[Tensor, ...]) -> None:
+            errors = gradients[0]
+            if not held or errors is None:
                 return  # a second pass through the same graph: its gradient will not be this product
             (inputs,) = held.pop().grad_fn.saved_tensors  # type: ignore[union-attr]
             if not self._is_unchanged() or self._seen is None or self._seen[0]() is not self._weight.grad:
