@@ -208,7 +208,10 @@ class _Layer:
             errors = gradients[0]
             if not held or errors is None:
                 return  # a second pass through the same graph: its gradient will not be this product
-            (inputs,) = held.pop().grad_fn.saved_tensors  # type: ignore[union-attr]
+            holder = held.pop()  # older versions of torch free what is saved as soon as this goes
+            if holder.grad_fn is None:
+                return  # a derivative of torch.func, which has no part in the weight's gradient
+            (inputs,) = holder.grad_fn.saved_tensors  # type: ignore[attr-defined]
             if not self._is_unchanged() or self._seen is None or self._seen[0]() is not self._weight.grad:
                 self._kept, self._seen = [], None  # what they were of is gone
             if not self._pending:

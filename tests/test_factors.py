@@ -370,7 +370,15 @@ def test_a_graph_that_is_kept_and_gradients_that_are_only_asked_for() -> None:
         (slope,) = torch.autograd.grad(value, inputs, create_graph=True)
         (value + slope.square().sum()).backward()
 
+    def transformed(net: nn.Module, optimizer: torch.optim.Optimizer, sync: Any) -> None:
+        inputs = noise(sync.rank, 0, 8, IN)
+        torch.func.grad(lambda inputs: net(inputs).sum())(inputs)
+        torch.func.jacrev(net)(inputs)
+        torch.vmap(net)(inputs)
+        loss(net, sync, 1).backward()
+
     assert compare(kept) == {"0": 0, "2": 0}
+    assert compare(transformed) == {"0": 8, "2": 8}
     assert compare(asked) == {"0": 8, "2": 8}
     assert compare(penalty) == {"0": 0, "2": 0}
 
