@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradcomp.kernels.reference_random import philox
 
-__all__ = ["Product", "Products", "is_product", "saves"]
+__all__ = ["Handout", "Product", "Products", "is_product", "saves"]
 
 _HEAD_NBYTES = 16  # of a FACTORS packet
 # What makes many dimensions of the two of a matrix product.
@@ -49,6 +49,27 @@ class Product(NamedTuple):
         return Product(self.errors[:, start // columns : stop // columns], self.inputs)
 
 
+class Handout:
+    """A product that is given out in parts, and kept no longer than until the last.
+
+    Args:
+        product: None: it is not known.
+        numel: elements of the whole matrix.
+    """
+
+    def __init__(self, product: Product | None, numel: int) -> None:
+        self._product = product
+        self.left = numel
+
+    def take(self, start: int, stop: int) -> Product | None:
+        """Flat elements ``start`` to ``stop`` of the matrix."""
+        product = self._product
+        self.left -= stop - start
+        if not self.left:
+            self._product = None
+        return None if product is None else product.cut(start, stop)
+
+
 def saves(count: int, rows: int, columns: int) -> bool:
     """Whether factors of ``count`` rows are smaller than their product, a float32 matrix."""
     return _HEAD_NBYTES + 4 * count * (rows + columns) < 4 * rows * columns
@@ -64,7 +85,7 @@ def is_product(grad: Tensor, product: Product, *dtypes: torch.dtype) -> bool:
     columns = inputs.shape[1]
     words = philox(columns, 0, 0, -(-columns // 4), grad.device).view(-1)[:columns]
     signs = ((words & 2) - 1).to(torch.float32)
-    found = grad.to(torch.float32).view(-1, columns) @ signs
+    found = grad.to(torch.float32).reshape(-1, columns) @ signs
     expected = errors.t() @ (inputs @ signs)
     lengths = torch.linalg.vector_norm(errors, dim=0, dtype=torch.float64)
     allowed = lengths * torch.linalg.vector_norm(inputs, dtype=torch.float64) * _rounding(grad.dtype, *dtypes)
@@ -144,8 +165,7 @@ class _Layer:
         self._pending: list[Product] = []  # of the pass under way: their gradient is not added to the weight's yet
         self._kept: list[Product] = []
         self._seen: tuple[weakref.ref[Tensor], int] | None = None  # the gradient that is the sum of these; its version
-        self._given: Product | None = None
-        self._left = 0  # elements of the gradient under way that nobody has asked for yet
+        self._handout = Handout(None, 0)
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(self._after_forward, with_kwargs=True) for module in modules
         ]
@@ -158,19 +178,14 @@ class _Layer:
         self.clear()
 
     def clear(self) -> None:
-        self._pending, self._kept, self._seen, self._given, self._left = [], [], None, None, 0
+        self._pending, self._kept, self._seen, self._handout = [], [], None, Handout(None, 0)
 
     def take(self, grad: Tensor, start: int, stop: int) -> Product | None:
-        if not self._left:
+        if not self._handout.left:
             kept, unchanged = self._kept, self._is_unchanged()
             self.clear()
-            self._given = _join(kept, grad) if kept and unchanged else None
-            self._left = grad.numel()
-        given = self._given
-        self._left -= stop - start
-        if not self._left:
-            self._given = None  # the packets have all of it now
-        return None if given is None else given.cut(start, stop)
+            self._handout = Handout(_join(kept, grad) if kept and unchanged else None, grad.numel())
+        return self._handout.take(start, stop)
 
     def _is_unchanged(self) -> bool:
         """Whether nobody wrote to the gradient since it was made; where another tensor took its place, perhaps not."""
