@@ -1,9 +1,7 @@
 """Gradients inside a host: added up by its leader, who exchanges the sum with other leaders and hands out the result.
 
 What a member sends for a bucket is the gradients it has, joined flat, in float32 or bfloat16, and a byte a parameter
-that says whether it has one; and before that, if any goes through a ``factored`` compressor, what these are products
-of: i64 rows for each, -1 if it is not known, then float32 errors and inputs of each. The rows of all ranks of a host
-are one product, that of the sum. What comes back at the end of the step is the same for the result, in float32, and one
+that says whether it has one. What comes back at the end of the step is the same for the result, in float32, and one
 more byte: whether a rank, anywhere, saw a non-finite value. So all ranks put exactly the leader's values in place.
 """
 
@@ -18,15 +16,15 @@ from torch import Tensor
 from gradcomp.bucket import Bucket, Parameter
 from gradcomp.errors import HandshakeError, PacketError, PeerLost, TransportError
 from gradcomp.gradients import Gradients
+from gradcomp.host_products import HostProducts
 from gradcomp.interfaces import MY_TURN, Buffer, Incoming, Levels, Slot
 from gradcomp.lanes import to_device, to_host
-from gradcomp.products import Handout, Product, saves
+from gradcomp.products import Handout, Product
 
 __all__ = ["Host", "HostSums", "at_level"]
 
 # Stages of a bucket's messages inside a host.
-_UP, _DOWN, _PRODUCTS = 0, 2, 4
-_UNKNOWN = -1
+_UP, _DOWN = 0, 2
 
 
 @contextmanager
@@ -61,14 +59,8 @@ class HostSums(Gradients):
 
     def __init__(self, own: Gradients, products: Mapping[int, Product] | None = None) -> None:
         self._own = own
-        self._products = (
-            None
-            if products is None
-            else {
-                position: Handout(product, product.errors.shape[1] * product.inputs.shape[1])
-                for position, product in products.items()
-            }
-        )
+        self._alone = products is None
+        self._products = {p: Handout(product, product.numel) for p, product in (products or {}).items()}
         self._beside: dict[int, Tensor] = {}
 
     def add(self, position: int, part: Tensor) -> None:
@@ -102,7 +94,7 @@ class HostSums(Gradients):
         self._own.watch(positions)
 
     def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
-        if self._products is None:
+        if self._alone:
             return self._own.product(position, grad, start, stop)
         handout = self._products.get(position)
         return None if handout is None else handout.take(start, stop)
@@ -132,6 +124,7 @@ class Host:
         self._on_device = self._local.carries(device)
         self._leads = self._local.rank == 0
         self._members = range(1, self._local.world_size)
+        self._products = HostProducts(self._local, table, own, device)
 
     def collect(self, turn: int, bucket: Bucket) -> Generator[Sequence[Incoming], None, HostSums | None]:
         """Bring a bucket's gradients together; yields what must be here, as an exchange does.
@@ -142,7 +135,7 @@ class Host:
         slot = Slot(turn, bucket.index, _UP)
         if not self._members:
             return HostSums(self._own)
-        products = yield from self._stack(turn, bucket)
+        products = yield from self._products.collect(turn, bucket)
         if self._local.adds_up and self._dtype == torch.float32:
             return (yield from self._add_up(slot, bucket, products))
         if not self._leads:
@@ -217,72 +210,6 @@ class Host:
             if count:
                 sums.put(position, part)
         return sums
-
-    def _stack(self, turn: int, bucket: Bucket) -> Generator[Sequence[Incoming], None, dict[int, Product]]:
-        """What the sums over the host's ranks are products of, on the leader, while gradients are still each rank's."""
-        positions = [position for position in bucket.parameters if self._table[position].codec.factored]
-        if not positions:
-            return {}
-        mine = [self._product(position) for position in positions]
-        slot = Slot(turn, bucket.index, _PRODUCTS)
-        if not self._leads:
-            counts = [_UNKNOWN if product is None else len(product.errors) for product in mine]
-            flat = [part.reshape(-1) for product in mine if product is not None for part in product]
-            parts = [torch.tensor(counts), *(to_host(part) for part in flat if part.numel())]
-            self._local.send(0, slot, [part.view(torch.uint8).numpy().data for part in parts])
-            return {}
-        incoming = {peer: self._local.recv(peer, slot) for peer in self._members}
-        yield list(incoming.values())
-        everyone = [mine, *(self._parse_products(incoming.pop(peer), positions) for peer in self._members)]
-        stacked = {}
-        for position, ranks in zip(positions, zip(*everyone, strict=True), strict=True):
-            known = [product for product in ranks if product is not None]
-            if len(known) == len(ranks) and saves(
-                sum(len(product.errors) for product in known), *self._sides(position)
-            ):
-                stacked[position] = Product(*(torch.cat(parts) for parts in zip(*known, strict=True)))
-        return {position: product for position, product in stacked.items() if len(product.errors)}
-
-    def _product(self, position: int) -> Product | None:
-        """Of this rank's gradient; of no rows, where it has none."""
-        grad = self._own.get(position)
-        if len(self._table[position].shape) != 2:
-            return None
-        if grad is None:
-            rows, columns = self._sides(position)
-            return Product(torch.empty(0, rows, device=self._device), torch.empty(0, columns, device=self._device))
-        return self._own.product(position, grad.detach(), 0, grad.numel())
-
-    def _sides(self, position: int) -> tuple[int, int]:
-        rows, columns = self._table[position].shape
-        return rows, columns
-
-    def _parse_products(self, incoming: Incoming, positions: Sequence[int]) -> list[Product | None]:
-        """What a member knows of its gradients.
-
-        Raises:
-            PacketError: not what :meth:`_stack` sends.
-        """
-        data = incoming.result()
-        wrong = PacketError(f"rank {incoming.peer} of the host sent {len(data)} bytes of products")
-        head = 8 * len(positions)
-        if len(data) < head:
-            raise wrong
-        whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        counts, values = whole[:head].view(torch.int64).tolist(), whole[head:]
-        known = [(p, count, *self._sides(p)) for p, count in zip(positions, counts, strict=True) if count != _UNKNOWN]
-        if any(count < 0 or (count and not saves(count, *sides)) for _, count, *sides in known) or len(values) != sum(
-            4 * count * (rows + columns) for _, count, rows, columns in known
-        ):
-            raise wrong
-        found: dict[int, Product] = {}
-        for position, count, rows, columns in known:
-            part, values = values[: 4 * count * (rows + columns)], values[4 * count * (rows + columns) :]
-            errors, inputs = torch.split(
-                to_device(part.view(torch.float32), self._device), [count * rows, count * columns]
-            )
-            found[position] = Product(errors.view(count, rows), inputs.view(count, columns))
-        return [found.get(position) for position in positions]
 
     # -- messages ------------------------------------------------------------------------------------------------------
 

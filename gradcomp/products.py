@@ -43,6 +43,11 @@ class Product(NamedTuple):
     errors: Tensor
     inputs: Tensor
 
+    @property
+    def numel(self) -> int:
+        """Elements of the matrix."""
+        return self.errors.shape[1] * self.inputs.shape[1]
+
     def cut(self, start: int, stop: int) -> Product:
         """A run of the matrix's rows, given by its flat elements."""
         columns = self.inputs.shape[1]

@@ -219,8 +219,8 @@ class BucketWork(Work):
         return packet
 
     def _encode_product(self, piece: Piece, whole: Tensor, grad: Tensor) -> Packet:
-        position = self._bucket.units[piece.unit].parameters[0]
-        product = self._gradients.product(position, whole, piece.start, piece.stop)
+        position, more = self._bucket.units[piece.unit].parameters[0], piece.unit in self._joined  # what waited with it
+        product = None if more else self._gradients.product(position, whole, piece.start, piece.stop)
         packet = piece.codec.encode(grad) if product is None else piece.codec.encode_product(grad, product)
         self._note(piece, piece.codec.stats(packet))
         return packet

@@ -249,16 +249,19 @@ def test_changed_to_in_mid_run() -> None:
     assert compare(loop) == {"0": 8, "2": 8}
 
 
-def test_what_a_residual_held_back_goes_with_the_next_gradient() -> None:
+@pytest.mark.parametrize("hosts", [False, True])
+def test_what_a_residual_held_back_goes_with_the_next_gradient(hosts: bool) -> None:
     def loop(net: nn.Module, optimizer: torch.optim.Optimizer, sync: Any, *, then: str) -> None:
         sync.set_compressor("threshold:tau=1e-3")
         plain(net, optimizer, sync)
         sync.set_compressor(then)
         plain(net, optimizer, sync, steps=1)
 
-    found, expected = (
-        run_ranks(2, functools.partial(run, functools.partial(loop, then=id), id)) for id in ("factors", "none")
-    )
+    def train(id: str) -> list[Any]:
+        function = functools.partial(run, functools.partial(loop, then=id), id)
+        return run_hosts(2, 2, function) if hosts else run_ranks(2, function)
+
+    found, expected = train("factors"), train("none")
     near(found[0][0], expected[0][0])
     assert found[0][1] == {"0": 0, "2": 0}  # gradient + residual is no product
 
