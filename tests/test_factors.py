@@ -22,8 +22,11 @@ from training_loops import LOOPS, ours
 
 import gradcomp
 from gradcomp import testing_transport
+from gradcomp.bucket import Parameter, Unit
 from gradcomp.compressors.factors import Factors
 from gradcomp.errors import ConfigError, PacketError
+from gradcomp.exchanges.auto import Auto
+from gradcomp.host_products import HostProducts
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 from gradcomp.products import Product, Products, is_product, saves
 from gradcomp.transports.hierarchical import HierarchicalTransport
@@ -145,6 +148,48 @@ def test_between_hosts_whose_ranks_differ() -> None:
         near(mine[0], theirs[0])
     assert found[0][1] == {"0": 5, "2": 5}
     assert rows == [16, 0, 0, 5, None, None, None, None]
+
+
+class Arrived:
+    """A message from a member of the host."""
+
+    peer = 1
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def result(self) -> memoryview:
+        return memoryview(self._data)
+
+
+def test_what_members_of_a_host_say_of_their_products_is_checked() -> None:
+    shapes = [(80, 96), (7,), (40, 80)]
+    table = [Parameter(f"p{i}", shape, torch.float32, Factors()) for i, shape in enumerate(shapes)]
+    host = HostProducts(None, table, None, torch.device("cpu"))  # type: ignore[arg-type]
+
+    def parse(counts: list[int], floats: int, more: bytes = b"") -> list[Product | None]:
+        data = torch.tensor(counts).numpy().tobytes() + torch.ones(floats).numpy().tobytes() + more
+        return host._parse(Arrived(data), [0, 1, 2])  # type: ignore[arg-type]
+
+    first, second, third = parse([3, -1, 0], 3 * 176)
+    assert first is not None
+    assert third is not None
+    assert (first.errors.shape, first.inputs.shape, second, len(third.errors)) == ((3, 80), (3, 96), None, 0)
+    wrong = [([3, -1, 0], 527, b""), ([3, -1, 0], 529, b""), ([3, -1, 0], 528, b"x"), ([-2, -1, 0], 0, b"")]
+    wrong += [([0, 0, 0], 0, b""), ([44, -1, 0], 44 * 176, b""), ([1 << 62, -1, 0], 0, b""), ([0, -1], 0, b"")]
+    for counts, floats, more in wrong:
+        with pytest.raises(PacketError, match="rank 1 of the host sent"):
+            parse(counts, floats, more)
+
+
+def test_auto_knows_that_sums_of_products_are_dense() -> None:
+    def owned(numel_side: int, world_size: int) -> bool:
+        unit = Unit((0,), (numel_side, numel_side), Factors())
+        return any(piece.owner is not None for piece in Auto(native_sums=False).cut([unit], world_size))
+
+    assert not any(owned(4096, world_size) for world_size in (2, 4, 16, 64))
+    assert owned(4096, 128)  # by then all-gather sends more than the matrix itself
+    assert owned(512, 32)
 
 
 def test_under_ddp() -> None:
