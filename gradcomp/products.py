@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradcomp.hooks import after_gradient
 from gradcomp.kernels.reference_random import philox
 
 __all__ = ["Handout", "Product", "Products", "is_product", "saves"]
@@ -174,8 +175,7 @@ class _Layer:
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(self._after_forward, with_kwargs=True) for module in modules
         ]
-        after = weight.register_post_accumulate_grad_hook(self._after_accumulation)  # type: ignore[no-untyped-call]
-        self._handles.append(after)
+        self._handles.append(after_gradient(weight, self._after_accumulation))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -213,7 +213,8 @@ class _Layer:
             or output.grad_fn is None
             or not self._weight.requires_grad
             or module.weight is not self._weight
-            or not saves(inputs.numel() // inputs.shape[-1], *self._weight.shape)
+            or inputs.shape[-1:] != self._weight.shape[1:]
+            or not saves(inputs.numel() // max(inputs.shape[-1], 1), *self._weight.shape)
         ):
             return
         # What autocast made of it is what the product was made of.
@@ -232,6 +233,8 @@ class _Layer:
             if holder.grad_fn is None:
                 return  # a derivative of torch.func, which has no part in the weight's gradient
             (inputs,) = holder.grad_fn.saved_tensors  # type: ignore[attr-defined]
+            if errors.shape[-1:] != self._weight.shape[:1] or errors.numel() // errors.shape[-1] != _rows_of(inputs):
+                return  # a layer of its own kind
             if not self._is_unchanged() or self._seen is None or self._seen[0]() is not self._weight.grad:
                 self._kept, self._seen = [], None  # what they were of is gone
             if not self._pending:
@@ -245,7 +248,7 @@ class _Layer:
     def _after_accumulation(self, weight: Tensor) -> None:
         self._kept += self._pending
         self._pending.clear()
-        if not saves(sum(_count(product) for product in self._kept), *weight.shape):
+        if not saves(sum(_rows_of(product.inputs) for product in self._kept), *weight.shape):
             self._kept = []
         if weight.grad is not None:
             self._seen = (weakref.ref(weight.grad), self._version())
@@ -272,8 +275,8 @@ class _Held(torch.autograd.Function):
         return None, None
 
 
-def _count(product: Product) -> int:
-    return product.inputs.numel() // product.inputs.shape[-1]
+def _rows_of(inputs: Tensor) -> int:
+    return inputs.numel() // inputs.shape[-1]
 
 
 def _join(kept: list[Product], grad: Tensor) -> Product | None:

@@ -512,6 +512,37 @@ def test_ordinary_loops(name: str, exchange: str) -> None:
         near({key: mine[key] for key in finite}, finite, {"autocast": 1e-2, "mixed_types": 1e-2}.get(name, 2e-6))
 
 
+def test_layers_of_another_kind() -> None:
+    """What looks like a linear layer need not be one."""
+
+    class Odd(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs).view(4, -1).sum(1)
+
+    class Lookup(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.weight[inputs]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd, self.lookup = Odd(IN, MIDDLE), Lookup(IN, MIDDLE)
+            self.frozen = nn.Linear(IN, MIDDLE).requires_grad_(False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            found = self.lookup(torch.tensor(3)).sum()
+            return torch.as_tensor(found * self.odd(inputs).sum() + self.frozen(inputs).sum())
+
+    def loop(net: Any, optimizer: torch.optim.Optimizer, sync: Any) -> None:
+        for step in range(2):
+            optimizer.zero_grad()
+            net(noise(sync.rank, step, 8, IN)).square().backward()
+            optimizer.step()
+            net.frozen.requires_grad_(True)
+
+    assert compare(loop, make=lambda: filled(Net())) == {"odd": 0, "lookup": 0, "frozen": 8}
+
+
 # -- types and values --------------------------------------------------------------------------------------------------
 
 
