@@ -2,9 +2,9 @@
 
 A *bucket* is a run of parameters, in reverse order of registration (about the order in which backward makes their
 gradients), that is exchanged at once. Its *units* are what a compressor sees as one tensor: a parameter by itself, or
-all those joined whose compressor is stateless (the small ones that go dense, or the whole bucket for ``none``). An
-exchange cuts units into *pieces*; a message (gradcomp.message) is the packets of some pieces, from one rank. State is
-keyed by parameter name and range, never by bucket.
+all those joined whose compressor is stateless and not factored (the small ones that go dense, or the whole bucket for
+``none``). An exchange cuts units into *pieces*; a message (gradcomp.message) is the packets of some pieces, from one
+rank. State is keyed by parameter name and range, never by bucket.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _units(table: Sequence[Parameter], positions: Sequence[int]) -> list[Unit]:
     units = []
     for position in positions:
         parameter = table[position]
-        if parameter.codec.stateless:
+        if parameter.codec.stateless and not parameter.codec.factored:
             joined.setdefault((parameter.codec, parameter.frozen), []).append(position)
         else:
             units.append(Unit((position,), parameter.shape, parameter.codec))
@@ -183,7 +183,7 @@ def tensor_table(
             raise ConfigError(f"parameter name {name!r} occurs twice")
         seen.add(name)
         codec, explicit = choose_for(compressor, name, tensor)
-        if not explicit and not codec.stateless and dense(name, tensor):
+        if not explicit and (codec.factored or not codec.stateless) and dense(name, tensor):
             codec = plain
         table.append(Parameter(name, tuple(tensor.shape), tensor.dtype, codec, not tensor.requires_grad))
     return table

@@ -20,6 +20,7 @@ from gradcomp.hooks import BackwardHooks, Handle
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.options import check_choice, check_integer
 from gradcomp.plan import Planner, message_bounds
+from gradcomp.products import Products
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 from gradcomp.states import unpack
@@ -52,6 +53,7 @@ class GradientExchange:
         dense: which parameters go uncompressed; called with name and parameter.
         loss_scale: what gradients are multiples of (torch.amp.GradScaler's scale), asked once in each step.
         gradients: where they lie, if not in ``p.grad``.
+        products: watches the linear layers, for ``factored`` compressors; None: these are refused.
         accept: raises ConfigError for compressors that will not do; asked about every one that is set.
 
     Raises:
@@ -77,6 +79,7 @@ class GradientExchange:
         dense: Callable[[str, Tensor], bool] | None = None,
         loss_scale: Callable[[], float] | None = None,
         gradients: Gradients | None = None,
+        products: Products | None = None,
         accept: Callable[[Choice], None] | None = None,
     ) -> None:
         check_choice("attach", "reduction", reduction, ("mean", "sum"))
@@ -93,7 +96,9 @@ class GradientExchange:
             bucket_bytes=bucket_bytes,
             dense=DenseRule() if dense is None else dense,
             accept=accept,
+            has_model=products is not None,
         )
+        self._products = products or Products()
         self._loss_scale = loss_scale or (lambda: 1.0)
         self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
         self._syncing = True
@@ -106,7 +111,7 @@ class GradientExchange:
         self._stepper = Stepper(
             plan=plan,
             tensors=tensors,
-            gradients=ParameterGradients(tensors) if gradients is None else gradients,
+            gradients=ParameterGradients(tensors, self._products) if gradients is None else gradients,
             transport=transport,
             exchange=exchange,
             scale=1.0 / transport.world_size if reduction == "mean" else 1.0,
@@ -301,8 +306,6 @@ class GradientExchange:
             raise ConfigError("set_parameters: DistributedDataParallel's parameters are those it was made with")
         self._change("set_parameters", named_parameters, lambda: self.compressor)
         replicas.broadcast(self.transport, self._stepper.next_turn(), self._stepper.tensors)
-        if self._when == "backward":
-            self._hook_up()
 
     def _change(self, what: str, named: Sequence[tuple[str, Tensor]], choice: Callable[[], Choice]) -> None:
         """Go on with another plan, if all ranks do."""
@@ -333,7 +336,9 @@ class GradientExchange:
         tensors = [tensor for _, tensor in named]
         same = [id(tensor) for tensor in tensors] == [id(tensor) for tensor in stepper.tensors]
         self._names = [name for name, _ in named]
-        stepper.use(plan, store, tensors, stepper.gradients if same else ParameterGradients(tensors))
+        stepper.use(plan, store, tensors, stepper.gradients if same else ParameterGradients(tensors, self._products))
+        if self._when == "backward":
+            self._hook_up()  # after those that watch products
 
     def add_handle(self, handle: Handle) -> None:
         """Keep a hook's handle, or whatever else :meth:`detach` must remove."""
@@ -350,6 +355,7 @@ class GradientExchange:
         """Leave the other ranks. Bounded; may be called twice. A later exchange raises TransportError."""
         if not self._closed:
             self._closed = True
+            self._products.remove()
             self._stepper.stop()
             self.transport.close()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcomp.ownership import Ownership
+from gradcomp.products import Product, Products
 
 __all__ = ["Gradients", "ParameterGradients", "ViewedGradients"]
 
@@ -33,6 +34,14 @@ class Gradients(ABC):
         """Whether the gradient's memory is nobody else's (gradcomp.ownership)."""
 
     @abstractmethod
+    def watch(self, positions: Sequence[int]) -> None:
+        """From now on find out what these gradients are products of, where that can be known."""
+
+    @abstractmethod
+    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
+        """What flat elements ``start`` to ``stop`` of ``grad`` are a product of; None if unknown. Asked once."""
+
+    @abstractmethod
     def end_step(self) -> None:
         """The sums are in place."""
 
@@ -42,10 +51,11 @@ class ParameterGradients(Gradients):
 
     Args:
         tensors: the parameters.
+        products: what knows of products.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Sequence[Tensor], products: Products) -> None:
+        self._tensors, self._products = tensors, products
         self._ownership = Ownership(tensors)
 
     def get(self, position: int) -> Tensor | None:
@@ -65,14 +75,27 @@ class ParameterGradients(Gradients):
     def may_use_up(self, position: int) -> bool:
         return self._ownership.may_use_up(position)
 
+    def watch(self, positions: Sequence[int]) -> None:
+        self._products.watch([self._tensors[position] for position in positions])
+
+    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
+        return self._products.take(self._tensors[position], grad, start, stop)
+
     def end_step(self) -> None:
         self._ownership.end_step()
+        self._products.clear()
 
 
 class ViewedGradients(Gradients):
-    """Views that are handed in anew for each step, such as those of DistributedDataParallel's buckets."""
+    """Views that are handed in anew for each step, such as those of DistributedDataParallel's buckets.
 
-    def __init__(self) -> None:
+    Args:
+        tensors: the parameters.
+        products: what knows of products.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], products: Products) -> None:
+        self._tensors, self._products = tensors, products
         self._views: dict[int, Tensor] = {}
 
     def put(self, position: int, view: Tensor) -> None:
@@ -91,5 +114,12 @@ class ViewedGradients(Gradients):
     def may_use_up(self, position: int) -> bool:
         return False
 
+    def watch(self, positions: Sequence[int]) -> None:
+        self._products.watch([self._tensors[position] for position in positions])
+
+    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
+        return self._products.take(self._tensors[position], grad, start, stop)
+
     def end_step(self) -> None:
         self._views.clear()
+        self._products.clear()

@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["BackwardHooks", "Handle", "running"]
+__all__ = ["BackwardHooks", "Handle", "after_gradient", "running"]
 
 
 class Handle(Protocol):
@@ -42,7 +42,7 @@ class BackwardHooks:
     ) -> None:
         self._active, self._ready, self._finish = active, ready, finish
         self._in_backward = False
-        self._handles = [_hook(tensor, self._on_gradient(position)) for position, tensor in enumerate(tensors)]
+        self._handles = [after_gradient(tensor, self._on_gradient(position)) for position, tensor in enumerate(tensors)]
 
     def remove(self) -> None:
         """Take them off."""
@@ -81,8 +81,8 @@ class BackwardHooks:
         self._finish()
 
 
-def _hook(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Also on a frozen parameter, which torch refuses: it may be unfrozen one day."""
+def after_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``hook`` when a gradient is complete. Also on a frozen parameter, which torch refuses; it may thaw."""
     frozen = not tensor.requires_grad
     try:
         tensor.requires_grad_(True)

@@ -7,7 +7,7 @@ more byte: whether a rank, anywhere, saw a non-finite value. So all ranks put ex
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from gradcomp.bucket import Bucket, Parameter
 from gradcomp.errors import HandshakeError, PacketError, PeerLost, TransportError
 from gradcomp.gradients import Gradients
+from gradcomp.host_products import HostProducts
 from gradcomp.interfaces import MY_TURN, Buffer, Incoming, Levels, Slot
 from gradcomp.lanes import to_device, to_host
+from gradcomp.products import Handout, Product
 
 __all__ = ["Host", "HostSums", "at_level"]
 
@@ -52,10 +54,13 @@ class HostSums(Gradients):
 
     Args:
         own: the leader's.
+        products: what sums are products of; None: what the leader's own gradients are, who is alone.
     """
 
-    def __init__(self, own: Gradients) -> None:
+    def __init__(self, own: Gradients, products: Mapping[int, Product] | None = None) -> None:
         self._own = own
+        self._alone = products is None
+        self._products = {p: Handout(product, product.numel) for p, product in (products or {}).items()}
         self._beside: dict[int, Tensor] = {}
 
     def add(self, position: int, part: Tensor) -> None:
@@ -85,6 +90,15 @@ class HostSums(Gradients):
     def replace(self, position: int, memory: Tensor) -> None:
         self._own.replace(position, memory)
 
+    def watch(self, positions: Sequence[int]) -> None:
+        self._own.watch(positions)
+
+    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
+        if self._alone:
+            return self._own.product(position, grad, start, stop)
+        handout = self._products.get(position)
+        return None if handout is None else handout.take(start, stop)
+
     def may_use_up(self, position: int) -> bool:
         return position not in self._beside and self._own.may_use_up(position)
 
@@ -110,6 +124,7 @@ class Host:
         self._on_device = self._local.carries(device)
         self._leads = self._local.rank == 0
         self._members = range(1, self._local.world_size)
+        self._products = HostProducts(self._local, table, own, device)
 
     def collect(self, turn: int, bucket: Bucket) -> Generator[Sequence[Incoming], None, HostSums | None]:
         """Bring a bucket's gradients together; yields what must be here, as an exchange does.
@@ -120,8 +135,9 @@ class Host:
         slot = Slot(turn, bucket.index, _UP)
         if not self._members:
             return HostSums(self._own)
+        products = yield from self._products.collect(turn, bucket)
         if self._local.adds_up and self._dtype == torch.float32:
-            return (yield from self._add_up(slot, bucket))
+            return (yield from self._add_up(slot, bucket, products))
         if not self._leads:
             flags = self._flags(bucket)
             values = self._joined(bucket, self._dtype)
@@ -136,7 +152,7 @@ class Host:
         if self._on_device:
             yield MY_TURN
             self._local.swap_tensors({}, {peer: values.view(torch.uint8) for peer, (values, _) in found.items()})
-        sums = HostSums(self._own)
+        sums = HostSums(self._own, products)
         for peer in self._members:  # in the order of ranks, so that runs repeat
             values, flags = found.pop(peer)
             for position, part in self._parts(bucket, values, flags):
@@ -172,7 +188,9 @@ class Host:
                 grad.copy_(part.view(grad.shape))
         return nonfinite
 
-    def _add_up(self, slot: Slot, bucket: Bucket) -> Generator[Sequence[Incoming], None, HostSums | None]:
+    def _add_up(
+        self, slot: Slot, bucket: Bucket, products: Mapping[int, Product]
+    ) -> Generator[Sequence[Incoming], None, HostSums | None]:
         """By the transport's own all-reduce: the gradients, and how many ranks have each."""
         sizes = [self._table[position].numel for position in bucket.parameters]
         mine = torch.zeros(sum(sizes) + len(sizes), dtype=torch.float32, device=self._device)
@@ -186,7 +204,7 @@ class Host:
         total = yield from self._local.all_reduce(slot, mine, one_trip=False)
         if not self._leads:
             return None
-        sums = HostSums(self._own)
+        sums = HostSums(self._own, products)
         parts, ranks = torch.split(total[: sum(sizes)], sizes), total[sum(sizes) :].tolist()
         for position, part, count in zip(bucket.parameters, parts, ranks, strict=True):
             if count:

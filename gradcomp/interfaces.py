@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradcomp.bucket import Piece, Unit
     from gradcomp.message import Message
     from gradcomp.packet import Packet
+    from gradcomp.products import Product
 
 __all__ = [
     "MY_TURN",
@@ -53,11 +54,14 @@ class Compressor(Configured, ABC):
     :meth:`seed_state`. ``gradcomp.testing.check_compressor`` checks the whole contract.
 
     Attributes:
-        stateless: encodes each element by itself and remembers nothing, so tensors may be joined and cut anywhere.
+        stateless: remembers nothing; encodes each element by itself, so tensors may be joined and cut anywhere, unless
+            it is ``factored``.
+        factored: sends what a linear layer's gradient is a product of, where it is told: :meth:`encode_product`.
         in_step: its state counts steps (int64), on all ranks alike: :meth:`pass_over` tells those without a gradient.
     """
 
     stateless: ClassVar[bool] = False
+    factored: ClassVar[bool] = False
     in_step: ClassVar[bool] = False
 
     @property
@@ -108,6 +112,10 @@ class Compressor(Configured, ABC):
             A packet; ``Packet.nonfinite`` if the gradient or its sum with the residual holds NaN or Inf, except
             where the encoding carries such values itself (``stateless`` ones do).
         """
+
+    def encode_product(self, grad: Tensor, product: Product) -> Packet:
+        """As :meth:`encode`, of a gradient that is ``product``, if ``factored``."""
+        raise TypeError(f"compressor {self.id!r} sends no factors")
 
     @abstractmethod
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:

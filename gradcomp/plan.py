@@ -134,6 +134,7 @@ class Planner:
     Attributes:
         exchange, world_size, bucket_bytes, dense: as for :meth:`Plan.make`.
         accept: raises ConfigError for compressors that will not do.
+        has_model: whether linear layers are known, for ``factored`` compressors.
     """
 
     exchange: Exchange
@@ -141,12 +142,14 @@ class Planner:
     bucket_bytes: int
     dense: Callable[[str, Tensor], bool]
     accept: Callable[[Choice], None] | None
+    has_model: bool = False
 
     def plan(self, named: Sequence[tuple[str, Tensor]], compressor: Choice) -> Plan:
         """The plan for these parameters.
 
         Raises:
-            ConfigError: none, on several devices, of a strange type, or with a compressor that is not accepted.
+            ConfigError: none, on several devices, of a strange type, or with a compressor that is not accepted, or
+                needs a model.
         """
         if not named:
             raise ConfigError("the optimizer has no parameters that require a gradient: there is nothing to exchange")
@@ -154,7 +157,7 @@ class Planner:
             raise ConfigError("parameters lie on several devices; one process exchanges the gradients of one device")
         if self.accept is not None:
             self.accept(compressor)
-        return Plan.make(
+        plan = Plan.make(
             named,
             compressor,
             dense=self.dense,
@@ -162,6 +165,13 @@ class Planner:
             world_size=self.world_size,
             bucket_bytes=self.bucket_bytes,
         )
+        factored = next((row for row in plan.table if row.codec.factored), None)
+        if factored is not None and not self.has_model:
+            raise ConfigError(
+                f"compressor {factored.codec.id!r}, for parameter {factored.name!r}, needs to know the linear layers: "
+                "pass model= to attach()"
+            )
+        return plan
 
 
 def message_bounds(lengths: Sequence[int], tensors: Sequence[Tensor], later: Sequence[Tensor] = ()) -> tuple[int, int]:

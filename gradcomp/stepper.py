@@ -71,6 +71,7 @@ class Stepper:
     def use(self, plan: Plan, store: StateStore, tensors: Sequence[Tensor], gradients: Gradients) -> None:
         """From the next step on; not while one is under way."""
         self.plan, self.store, self.tensors, self.gradients = plan, store, tensors, gradients
+        gradients.watch([position for position, row in enumerate(plan.table) if row.codec.factored])
         self._host = None if self._levels is None else Host(self._levels, plan.table, gradients, self._device)
         self._start_step()
 

@@ -201,7 +201,7 @@ class BucketWork(Work):
             return None
         grad = whole if piece.numel == whole.numel() else whole.view(-1)[piece.start : piece.stop].view(piece.shape)
         if piece.codec.stateless:
-            packet = piece.codec.encode(grad)
+            packet = self._encode_product(piece, whole, grad) if piece.codec.factored else piece.codec.encode(grad)
             self._unencoded[piece.unit] -= piece.numel
             if self._unencoded[piece.unit] == 0:
                 self._joined.pop(piece.unit, None)  # the packets have all of it now
@@ -217,6 +217,13 @@ class BucketWork(Work):
             packet = piece.codec.encode(grad, state)
             self._commits.append(partial(piece.codec.commit, grad, packet, state))
         self._note(piece, piece.codec.stats(packet, state))
+        return packet
+
+    def _encode_product(self, piece: Piece, whole: Tensor, grad: Tensor) -> Packet:
+        position, more = self._bucket.units[piece.unit].parameters[0], piece.unit in self._joined  # what waited with it
+        product = None if more else self._gradients.product(position, whole, piece.start, piece.stop)
+        packet = piece.codec.encode(grad) if product is None else piece.codec.encode_product(grad, product)
+        self._note(piece, piece.codec.stats(packet))
         return packet
 
     def _commit_and_exchange(self, index: int, commit: Commit, ours: bool) -> None:

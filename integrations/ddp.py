@@ -26,6 +26,7 @@ from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
 from gradcomp.gradients import ViewedGradients
 from gradcomp.interfaces import Exchange, Transport
+from gradcomp.products import Products
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 
@@ -61,7 +62,8 @@ class HookState:
         ignored = ddp_model.parameters_to_ignore
         named = [(n, p) for n, p in ddp_model.module.named_parameters() if p.requires_grad and n not in ignored]
         self._positions = {id(p): position for position, (_, p) in enumerate(named)}
-        self._gradients = ViewedGradients()
+        products = Products(ddp_model.module)
+        self._gradients = ViewedGradients([p for _, p in named], products)
         kind = registry.exchange(exchange)
         self._unfinished: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
         self.sync = GradientExchange(
@@ -76,6 +78,7 @@ class HookState:
             dense=dense,
             loss_scale=None if scaler is None else scaler.get_scale,
             gradients=self._gradients,
+            products=products,
         )
 
     def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

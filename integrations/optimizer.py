@@ -17,6 +17,7 @@ from gradcomp.errors import ConfigError
 from gradcomp.hooks import running
 from gradcomp.integrations.closures import check_line_search, refuse_closure, share_loss
 from gradcomp.interfaces import Compressor, Exchange, Transport
+from gradcomp.products import Products
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 
@@ -110,6 +111,7 @@ def attach(
         dense=dense,
         loss_scale=None if scaler is None else scaler.get_scale,
         accept=check_line_search if line_search else None,
+        products=None if model is None else Products(model),
     )
     if line_search:
         sync.add_handle(optimizer.register_step_pre_hook(share_loss(sync, reduction)))

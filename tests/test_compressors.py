@@ -86,6 +86,7 @@ SPECS = [
     "twobit",
     "twobit:tau=2e-38",
     "twobit:tau=1,feedback=false",
+    "factors",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,20 @@ from gradcomp.errors import ConfigError, GradientError
 from gradcomp.options import check_integer
 from gradcomp.packet import MAX_BLOCK, Kind, Packet
 
-__all__ = ["add_dense", "check_block", "exchange_residual", "flat_gradient", "float_accumulated", "is_finite"]
+__all__ = [
+    "FACTORS_HEAD_NBYTES",
+    "add_dense",
+    "check_block",
+    "exchange_residual",
+    "flat_gradient",
+    "float_accumulated",
+    "is_finite",
+    "pack_factors",
+    "read_factors",
+]
+
+_FACTORS_HEAD = struct.Struct("<QQ")
+FACTORS_HEAD_NBYTES = _FACTORS_HEAD.size
 
 
 def check_block(owner: str, field: str, value: object) -> None:
@@ -48,6 +63,22 @@ def add_dense(packet: Packet, out: Tensor, scale: float, addend: Tensor | None =
     if addend is not None:
         out += addend
     kernels.add_scaled(out, packet.payload.view(torch.float32), scale)
+
+
+def pack_factors(left: Tensor, right: Tensor) -> Packet:
+    """FACTORS: the matrix ``left.T @ right``, of float32 [r, m] and [r, n]."""
+    rank, columns = right.shape
+    head = torch.tensor([columns, rank], dtype=torch.int64, device=right.device)
+    payload = torch.cat([part.reshape(-1).view(torch.uint8) for part in (head, left, right)])
+    return Packet(kind=Kind.FACTORS, numel=left.shape[1] * columns, payload=payload)
+
+
+def read_factors(packet: Packet) -> tuple[Tensor, Tensor]:
+    """Left and right of a checked FACTORS packet."""
+    columns, rank = packet.payload[:FACTORS_HEAD_NBYTES].view(torch.int64).tolist()
+    floats = packet.payload[FACTORS_HEAD_NBYTES:].view(torch.float32)
+    rows = packet.numel // columns
+    return floats[: rank * rows].view(rank, rows), floats[rank * rows :].view(rank, columns)
 
 
 def exchange_residual(state: dict[str, Tensor], left: Tensor) -> Tensor:

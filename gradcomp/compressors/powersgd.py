@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import copy
 import math
-import struct
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import reduce
@@ -42,7 +41,15 @@ import torch
 from torch import Tensor
 
 from gradcomp import kernels, randomness
-from gradcomp.compressors import add_dense, flat_gradient, float_accumulated, is_finite
+from gradcomp.compressors import (
+    FACTORS_HEAD_NBYTES,
+    add_dense,
+    flat_gradient,
+    float_accumulated,
+    is_finite,
+    pack_factors,
+    read_factors,
+)
 from gradcomp.errors import PacketError
 from gradcomp.interfaces import Compressor, LinearCompressor, State
 from gradcomp.kernels.reference_chunks import nonfinite_value
@@ -51,8 +58,6 @@ from gradcomp.options import check_integer
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
 __all__ = ["PowerSGD"]
-
-_HEAD = struct.Struct("<QQ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +127,7 @@ class PowerSGD(LinearCompressor):
         total_q = yield own_q.view(-1)
         if value := nonfinite_value(total_q):
             return _both_nonfinite(value, flat)
-        return _factors(basis, own_q), _factors(basis, total_q.view(rank, columns))
+        return pack_factors(basis, own_q), pack_factors(basis, total_q.view(rank, columns))
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         self.commit_sum(grad, packet, packet, state)
@@ -131,7 +136,7 @@ class PowerSGD(LinearCompressor):
         self._add(own, state["residual"], -1.0, flat_gradient(grad))
         self.pass_over(state)
         if total.kind == Kind.FACTORS:
-            _, q = _read(total)
+            _, q = read_factors(total)
             length = kernels.norms(q).unsqueeze(1)
             unit = (q / length).to(torch.float32)
             fresh = _draw(randomness.stream(state, self.seed), len(q), q.shape[1], q.device)
@@ -157,7 +162,7 @@ class PowerSGD(LinearCompressor):
             add_dense(packet, out, scale, addend)
             return
         packet.require(Kind.FACTORS)
-        left, right = _read(packet)
+        left, right = read_factors(packet)
         if len(left) > self.rank:
             raise PacketError(f"packet has factors of rank {len(left)}; this compressor's have at most {self.rank}")
         kernels.add_factors(out, left, right, scale, addend)
@@ -167,7 +172,7 @@ class PowerSGD(LinearCompressor):
 
     def typical_nbytes(self, numel: int) -> int:
         side = math.isqrt(numel)  # the shape is not known here: of a square matrix
-        return min(HEADER_NBYTES + _HEAD.size + 8 * self.rank * side, self.max_nbytes(numel))
+        return min(HEADER_NBYTES + FACTORS_HEAD_NBYTES + 8 * self.rank * side, self.max_nbytes(numel))
 
     def stats(self, packet: Packet, state: State | None = None) -> dict[str, float]:
         """``density``: floats sent per element."""
@@ -182,7 +187,7 @@ class PowerSGD(LinearCompressor):
         rows = grad.shape[0] if grad.dim() else 1
         columns = grad.numel() // max(rows, 1)
         rank = min(self.rank, rows, columns)
-        smaller = _HEAD.size + 4 * rank * (rows + columns) < 4 * grad.numel()
+        smaller = FACTORS_HEAD_NBYTES + 4 * rank * (rows + columns) < 4 * grad.numel()
         return (rank if smaller else 0), rows, columns
 
 
@@ -195,18 +200,3 @@ def _draw(stream: tuple[int, int], rank: int, columns: int, device: torch.device
 def _both_nonfinite(value: float, flat: Tensor) -> tuple[Packet, Packet]:
     packet = Packet.nonfinite(value, flat.numel(), flat.device)
     return packet, packet
-
-
-def _factors(left: Tensor, right: Tensor) -> Packet:
-    rank, columns = right.shape
-    head = torch.tensor([columns, rank], dtype=torch.int64, device=right.device)
-    payload = torch.cat([part.reshape(-1).view(torch.uint8) for part in (head, left, right)])
-    return Packet(kind=Kind.FACTORS, numel=left.shape[1] * columns, payload=payload)
-
-
-def _read(packet: Packet) -> tuple[Tensor, Tensor]:
-    """P^ and Q of a checked packet."""
-    columns, rank = packet.payload[: _HEAD.size].view(torch.int64).tolist()
-    floats = packet.payload[_HEAD.size :].view(torch.float32)
-    rows = packet.numel // columns
-    return floats[: rank * rows].view(rank, rows), floats[rank * rows :].view(rank, columns)

@@ -47,6 +47,12 @@ class Scheduled(Staged):
             check_integer("scheduled", "stages", until, at_least=stages[-1][0] + 1 if stages else 1)
             stages.append((until, registry.compressor(inner)))
         object.__setattr__(self, "stages", tuple(stages))
+        for compressor in self.compressors():
+            if compressor.factored:
+                raise ConfigError(
+                    f"scheduled: compressor {compressor.id!r} is not allowed as a stage: products are not known there; "
+                    "set_compressor() changes to it in mid-run"
+                )
 
     def config(self) -> dict[str, object]:
         stages = [[until, inner.config()] for until, inner in self.stages]

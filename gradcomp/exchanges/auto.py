@@ -51,8 +51,7 @@ class Auto(Exchange):
         """As the exchange chosen cuts; the choice is the same on every rank, for it rests on the configs alone."""
         if self._adds_up([unit.codec for unit in units], world_size):
             return AllReduce(trip_bytes=self.trip_bytes).cut(units, world_size)
-        packet_bytes = sum(unit.codec.typical_nbytes(unit.numel) for unit in units)
-        saved = (world_size - 1) * (1 - 2 / world_size) * packet_bytes
+        saved = sum(_saved_bytes(unit, world_size) for unit in units)
         chosen: Exchange = TwoShot() if saved > self.trip_bytes else AllGather()
         return chosen.cut(units, world_size)
 
@@ -67,3 +66,10 @@ class Auto(Exchange):
         if not all(codec.linear for codec in codecs):
             return False
         return world_size > 1 if self.native_sums else world_size > 2 and not all(codec.stateless for codec in codecs)
+
+
+def _saved_bytes(unit: Unit, world_size: int) -> float:
+    """What two-shot sends less than all-gather. A sum of products is sent as it is."""
+    packet = unit.codec.typical_nbytes(unit.numel)
+    total = unit.codec.max_nbytes(unit.numel) if unit.codec.factored else packet
+    return (world_size - 1) * (packet - (packet + total) / world_size)
