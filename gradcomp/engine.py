@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from gradcomp import redistribute, replicas
+from gradcomp import replicas, saving
 from gradcomp.bucket import DenseRule
 from gradcomp.buffers import BufferPolicy
-from gradcomp.errors import ConfigError, GradcompError
+from gradcomp.changes import go_on_with
+from gradcomp.errors import ConfigError
 from gradcomp.gradients import Gradients, ParameterGradients
 from gradcomp.hooks import BackwardHooks, Handle
 from gradcomp.interfaces import Exchange, Transport
@@ -21,13 +22,10 @@ from gradcomp.options import check_choice, check_integer
 from gradcomp.plan import Planner, message_bounds
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
-from gradcomp.states import unpack
 from gradcomp.stepper import Stepper
 from gradcomp.version import WIRE_VERSION, __version__
 
 __all__ = ["GradientExchange"]
-
-_STATE_FORMAT = 1
 
 
 class GradientExchange:
@@ -230,9 +228,7 @@ class GradientExchange:
 
         Save one a rank; with model, optimizer and random state it restores a run bit for bit.
         """
-        stepper = self._stepper
-        shapes = {row.name: list(row.shape) for row in stepper.plan.table}
-        return self._about() | {"step": stepper.step, "parameters": shapes, "states": stepper.store.save()}
+        return saving.save(self._stepper, self.transport)
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Restore what :meth:`state_dict` gave, on the same rank of as many ranks. Nothing changes if it is refused.
@@ -240,27 +236,14 @@ class GradientExchange:
         Raises:
             StateError: it is from another rank, world size, compressor or model.
         """
-        step, states = unpack(state_dict, self._about())
-        self._stepper.store.load(states, self._stepper.plan.named_pieces(), self._stepper.plan.numels)
-        self._stepper.step = step
+        saving.load(state_dict, self._stepper, self.transport)
 
     def load_state_dicts(self, state_dicts: Iterable[Mapping[str, object]]) -> None:
         """Restore what :meth:`state_dict` gave on all old ranks, be they as many or not: see gradcomp.redistribute.
 
         All ranks must call it. If one refuses (StateError), all do (HandshakeError), and nothing changes on any.
         """
-        stepper = self._stepper
-        stepper.step, stepper.store = redistribute.restore_together(
-            state_dicts, stepper.plan, self._about(), self.transport, stepper.next_turn(), stepper.tensors[0].device
-        )
-
-    def _about(self) -> dict[str, object]:
-        return {
-            "format": _STATE_FORMAT,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "compressor": json.dumps(self.compressor.config(), sort_keys=True),
-        }
+        saving.load_all(state_dicts, self._stepper, self.transport)
 
     def set_compressor(self, compressor: Spec | Choice) -> None:
         """Compress differently from the next step on. All ranks must call it, between the same two steps.
@@ -297,35 +280,16 @@ class GradientExchange:
             self._hook_up()
 
     def _change(self, what: str, named: Sequence[tuple[str, Tensor]], choice: Callable[[], Choice]) -> None:
-        """Go on with another plan, if all ranks do."""
-        stepper = self._stepper
-        if stepper.under_way:
-            raise ConfigError(f"{what}: a step is under way; call it between steps")
-        problem: GradcompError | None = None
-        agreed: dict[str, str | int | bytes] = {"step": stepper.step}
-        try:
-            plan = self._planner.plan(named, choice())
-            longest, all_together = message_bounds(plan.message_bytes(), [tensor for _, tensor in named])
-            for most, allowed in ((longest, self._longest), (all_together, self._all_together)):
-                if most > allowed:
-                    raise ConfigError(f"{what}: messages could have {most} bytes; {allowed} were agreed on")
-            numels = plan.numels
-            store = stepper.store.recut(
-                {key: piece for key, piece in stepper.plan.named_pieces().items() if key[0] in numels},
-                plan.named_pieces(),
-                numels,
-                stepper.tensors[0].device,
-            )
-            agreed |= plan.describe()
-        except GradcompError as error:
-            # The others must hear of it, or they would wait for this rank.
-            problem = error
-            agreed["compressor"] = f"refused on rank {self.rank}: {error}"[:1000]
-        replicas.check_agreed(self.transport, stepper.next_turn(), agreed, problem)
-        tensors = [tensor for _, tensor in named]
-        same = [id(tensor) for tensor in tensors] == [id(tensor) for tensor in stepper.tensors]
+        go_on_with(
+            what,
+            named,
+            choice,
+            stepper=self._stepper,
+            planner=self._planner,
+            transport=self.transport,
+            agreed=(self._longest, self._all_together),
+        )
         self._names = [name for name, _ in named]
-        stepper.use(plan, store, tensors, stepper.gradients if same else ParameterGradients(tensors))
 
     def add_handle(self, handle: Handle) -> None:
         """Keep a hook's handle, or whatever else :meth:`detach` must remove."""
