@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradcomp import replicas
 from gradcomp.errors import ConfigError, GradcompError
-from gradcomp.gradients import ParameterGradients
+from gradcomp.gradients import HeldGradients, ParameterGradients
 from gradcomp.interfaces import Transport
 from gradcomp.plan import Planner, message_bounds
 from gradcomp.rules import Choice
@@ -63,4 +63,5 @@ def go_on_with(
     replicas.check_agreed(transport, stepper.next_turn(), hello, problem)
     tensors = [tensor for _, tensor in named]
     same = [id(tensor) for tensor in tensors] == [id(tensor) for tensor in stepper.tensors]
-    stepper.use(plan, store, tensors, stepper.gradients if same else ParameterGradients(tensors))
+    gradients = HeldGradients if isinstance(stepper.gradients, HeldGradients) else ParameterGradients
+    stepper.use(plan, store, tensors, stepper.gradients if same else gradients(tensors))

@@ -16,6 +16,7 @@ __all__ = [
     "BROADCAST_CHUNK_BYTES",
     "BUFFERS_BUCKET",
     "MEETING_BUCKET",
+    "VERDICT_BUCKET",
     "average",
     "broadcast",
     "check_agreed",
@@ -23,13 +24,14 @@ __all__ = [
 ]
 
 BROADCAST_CHUNK_BYTES = 8 << 20
-# Bucket numbers no bucket has, so that these messages never meet a gradient's.
+# From FIRST_RESERVED_BUCKET on, so that these messages never meet a gradient's.
 DIGEST_BUCKET = 0xFFFF_FFFF
 BROADCAST_BUCKET = 0xFFFF_FFFE
 AVERAGE_BUCKET = 0xFFFF_FFFD
 AGREEMENT_BUCKET = 0xFFFF_FFFC
 BUFFERS_BUCKET = 0xFFFF_FFFB  # gradcomp.buffers
 MEETING_BUCKET = 0xFFFF_FFFA  # gradcomp.transports.hierarchical
+VERDICT_BUCKET = 0xFFFF_FFF9  # gradcomp.verdict
 
 
 def broadcast(transport: Transport, turn: int, tensors: Sequence[Tensor]) -> None:
@@ -101,8 +103,8 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         yield from torch.split(flat.view(-1), BROADCAST_CHUNK_BYTES // tensor.element_size())
 
 
-def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Raise on every rank unless all replicas of ``tensors`` are bit-identical.
+def check_equal(transport: Transport, turn: int, step: int, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise on every rank unless all replicas of these tensors are bit-identical.
 
     Args:
         turn: numbers the messages; no two checks of a run share it.
@@ -111,7 +113,7 @@ def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str]
     Raises:
         ReplicaMismatch: names the first tensor that differs from rank 0's on any rank.
     """
-    digests = [_digest([tensor]) for tensor in tensors]
+    digests = [_digest([tensor]) for _, tensor in named]
     summary = xxhash.xxh3_128_digest(b"".join(digests))
     everyone = transport.all_gather(Slot(turn, DIGEST_BUCKET, 0), summary)
     if all(bytes(other) == summary for other in everyone):
@@ -119,7 +121,7 @@ def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str]
     # Every rank sees the same summaries, so every rank comes here together.
     tables = [bytes(table) for table in transport.all_gather(Slot(turn, DIGEST_BUCKET, 1), b"".join(digests))]
     size = len(digests[0])
-    for i, name in enumerate(names):
+    for i, (name, _) in enumerate(named):
         rows = [table[i * size : (i + 1) * size] for table in tables]
         ranks = tuple(rank for rank, row in enumerate(rows) if row != rows[0])
         if ranks:
