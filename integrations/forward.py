@@ -169,11 +169,11 @@ def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _gradients(gradients: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """In here these are ``p.grad``, which may hold gradients of a later backward pass."""
-    later: list[Tensor | None] = [p.grad for p, _ in gradients]
+    later = [p.grad for p, _ in gradients]
     try:
         for p, grad in gradients:
             p.grad = grad
         yield
     finally:
-        for (p, _), grad in zip(gradients, later, strict=True):
-            p.grad = grad
+        for (p, _), its_own in zip(gradients, later, strict=True):
+            p.grad = its_own

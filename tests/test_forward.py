@@ -71,6 +71,8 @@ def sgd(net: nn.Module) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "two_shot", "auto"])
-@pytest.mark.parametrize("compressor", ["none", "fp16", "threshold:tau=1e-3", "onebit", "topk:ratio=0.1", "powersgd:rank=2"])
+@pytest.mark.parametrize(
+    "compressor", ["none", "fp16", "threshold:tau=1e-3", "onebit", "topk:ratio=0.1", "powersgd:rank=2"]
+)
 def test_parameters_states_and_residuals_are_those_of_the_plain_order(compressor: str, exchange: str) -> None:
     both(3, sgd, compressor=compressor, exchange=exchange)
