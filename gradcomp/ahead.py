@@ -19,11 +19,15 @@ class Ahead:
 
     Args:
         leave: called on an error, so that the other ranks hear of it at once instead of waiting.
+
+    Attributes:
+        late: the positions of parameters that had not landed when the last backward pass began: it may not reach them.
     """
 
     def __init__(self, stepper: Stepper, leave: Callable[[], None]) -> None:
         self._stepper = stepper
         self._leave = leave
+        self.late: frozenset[int] = frozenset()
 
     @property
     def is_flying(self) -> bool:
@@ -61,21 +65,29 @@ class Ahead:
             with or_leave(self._leave):
                 self._stepper.land(parameters)
 
-    def begin_backward(self, *, syncing: bool) -> bool:
-        """A backward pass has a gradient: what is in flight lands before anything else does; returns ``syncing``.
+    def begin_backward(self, position: int) -> bool:
+        """The parameter at ``position`` has a gradient: what is in flight lands before anything else; returns True.
 
         Raises:
-            GradientError: there was no optimizer step since the pass before.
+            GradientError: there was no optimizer step since the pass before; or forward used a parameter that had not
+                landed.
         """
-        if self.is_flying:
-            with or_leave(self._leave):
-                if not self.is_promised:
-                    raise GradientError(
-                        "backward() again before optimizer.step(), with overlap='forward': the gradients that it adds "
-                        "to are on their way. Call sync.wait() before it, or accumulate inside no_sync()"
-                    )
-                self._stepper.land()
-        return syncing
+        with or_leave(self._leave):
+            if self.is_flying and not self.is_promised:
+                raise GradientError(
+                    "backward() again before optimizer.step(), with overlap='forward': the gradients that it adds to "
+                    "are on their way. Call sync.wait() before it, or accumulate inside no_sync()"
+                )
+            if self.is_flying:
+                self.late = self._stepper.in_flight
+            if position in self.late:
+                raise GradientError(
+                    f"parameter {self._stepper.plan.table[position].name!r} was used before it was stepped, with "
+                    "overlap='forward': not by a module's forward that calls hooks (torch.compile() leaves them out). "
+                    "Call sync.wait() before it is used, or use overlap='backward'"
+                )
+            self._stepper.land()
+        return True
 
 
 @contextmanager

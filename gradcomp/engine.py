@@ -390,7 +390,7 @@ class GradientExchange:
         self.add_handle(
             BackwardHooks(
                 self._stepper.tensors,
-                active=lambda: self.ahead.begin_backward(syncing=self._syncing),
+                active=lambda position: self.ahead.begin_backward(position) and self._syncing,
                 ready=self.ready,
                 finish=self.exchange,
             )

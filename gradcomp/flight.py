@@ -62,6 +62,11 @@ class Flight:
         return self._step is not None
 
     @property
+    def left(self) -> list[int]:
+        """The buckets that have not landed, by index."""
+        return list(self._left)
+
+    @property
     def landed(self) -> bool:
         """Whether nothing is left to do."""
         return not self._left

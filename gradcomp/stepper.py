@@ -181,6 +181,12 @@ class Stepper:
         self.next_turn()
         self._start_step()
 
+    @property
+    def in_flight(self) -> frozenset[int]:
+        """The parameters that are, by position."""
+        left = () if self.flight is None else self.flight.left
+        return frozenset(position for index in left for position in self.plan.buckets[index].parameters)
+
     def land(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Wait for the buckets of these parameters, or all, of the step in flight, if there is one.
 

@@ -93,6 +93,7 @@ class ForwardOverlap:
         if module not in self._called:
             self._called.add(module)
             self._own.clear()
+        self._ahead.late = frozenset()
         if not self._ahead.is_flying:
             return
         if self._ahead.is_promised:

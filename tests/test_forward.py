@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from processes import run_script
 from ranks import attach, batch, parameters_of, run_ranks, small_net, train_step
 from test_optimizers import CASES, build
 from torch import Tensor, nn
@@ -379,6 +381,34 @@ def test_a_loop_that_would_go_wrong_is_stopped(wrong: str) -> None:
     run_ranks(1, body)
 
 
+def test_a_parameter_that_was_used_too_early_is_noticed() -> None:
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 20), nn.Linear(20, 4)
+
+        def forward(self, inputs: Tensor, *, call: bool) -> Tensor:
+            hidden = self.first(inputs)
+            return torch.as_tensor(
+                self.second(hidden) if call else nn.functional.linear(hidden, self.second.weight, self.second.bias)
+            )
+
+    def body(transport: Any) -> None:
+        net = filled(Sly())
+        optimizer = sgd(net)
+        attach(net, optimizer, transport, overlap="forward")
+        for call in (True, True, False):
+            optimizer.zero_grad()
+            loss = net(noise(0, 0, 6, 12), call=call).square().mean()
+            if call:
+                loss.backward()
+                optimizer.step()
+        with pytest.raises(gradcomp.errors.GradientError, match=r"'second.* was used before it was stepped"):
+            loss.backward()
+
+    run_ranks(1, body)
+
+
 def test_all_ranks_must_overlap_alike() -> None:
     def body(transport: Any) -> None:
         net = small_net()
@@ -433,6 +463,8 @@ def test_forward_begins_before_the_last_bucket_is_here(compressor: str) -> None:
 
 
 def test_a_peer_that_is_lost_is_reported_by_the_next_forward_pass() -> None:
+    stepped = threading.Event()
+
     def body(transport: Any) -> None:
         net = small_net()
         optimizer = sgd(net)
@@ -441,8 +473,10 @@ def test_a_peer_that_is_lost_is_reported_by_the_next_forward_pass() -> None:
             transport.keeps = lambda slot: slot.bucket == 1
         train_step(net, optimizer, transport.rank, 0)
         if transport.rank == 0:
+            assert stepped.wait(10.0)
             transport.close()
             return
+        stepped.set()
         with pytest.raises(gradcomp.PeerLost, match="rank 0 left"):
             net(batch(0, 0)[0])
         with pytest.raises(gradcomp.PeerLost):  # half of it is stepped
@@ -496,3 +530,36 @@ def test_earlier_layers_overtake_on_a_slow_link(first_needed_first: bool) -> Non
         assert order.index(Slot(1, 5, 0)) < order.index(Slot(1, 3, 0)) < order.index(Slot(1, 0, 1))
     else:
         assert [slot.bucket for slot in order] == [0, 1, 2, 3, 4, 5, 0, 9, VERDICT_BUCKET]
+
+
+PROCESSES = """
+import gradcomp
+from torch import nn
+
+digests = []
+for overlap in ("backward", "forward"):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    transport = OPTIONS["transport"] + f"run={overlap}"
+    with gradcomp.attach(
+        optimizer, model=net, transport=transport, overlap=overlap, bucket_bytes=8192, digest_every=3,
+        compressor=OPTIONS["compressor"],
+    ) as sync:
+        torch.manual_seed(1 + RANK)
+        for step in range(8):
+            optimizer.zero_grad()
+            net(torch.randn(16, 64)).square().mean().backward()
+            optimizer.step()
+    digests.append(sum(p.double().sum().item() for p in net.parameters()).hex())
+say(digests=digests)
+"""
+
+
+@pytest.mark.parametrize("compressor", ["none", "threshold"])
+@pytest.mark.parametrize("transport", ["zmq:rate=20mbit,", "gloo:"])
+def test_processes_come_to_the_same(transport: str, compressor: str) -> None:
+    options = {"transport": transport, "compressor": compressor}
+    found = run_script(PROCESSES, 3, options=options, deadline_s=60.0)
+    digests = {digest for [line] in found for digest in line["digests"]}
+    assert len(digests) == 1
