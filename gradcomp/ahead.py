@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from gradcomp.errors import GradientError
+from gradcomp.errors import GradientError, TransportError
 from gradcomp.flight import StepSome
 from gradcomp.stepper import Stepper
 
@@ -27,6 +27,7 @@ class Ahead:
     def __init__(self, stepper: Stepper, leave: Callable[[], None]) -> None:
         self._stepper = stepper
         self._leave = leave
+        self._failure: Exception | None = None
         self.late: frozenset[int] = frozenset()
 
     @property
@@ -61,9 +62,19 @@ class Ahead:
             TransportError: a rank is gone, or nothing came in time.
             GradientError: as :meth:`promise`.
         """
-        if self._stepper.flight is not None:
+        if self._stepper.flight is None:
+            return
+        if self._failure is not None:
+            raise TransportError(
+                f"some parameters have not been stepped, for the exchange failed: {self._failure}. sync.detach() "
+                "leaves all of them as they are"
+            ) from self._failure
+        try:
             with or_leave(self._leave):
                 self._stepper.land(parameters)
+        except Exception as error:
+            self._failure = error
+            raise
 
     def begin_backward(self, position: int) -> bool:
         """The parameter at ``position`` has a gradient: what is in flight lands before anything else; returns True.
@@ -86,7 +97,7 @@ class Ahead:
                     "overlap='forward': not by a module's forward that calls hooks (torch.compile() leaves them out). "
                     "Call sync.wait() before it is used, or use overlap='backward'"
                 )
-            self._stepper.land()
+        self.land()
         return True
 
 

@@ -205,13 +205,9 @@ class GradientExchange:
     def wait(self) -> None:
         """With ``overlap="forward"``: finish the step that is in flight, if one is; with ``"backward"`` none ever is.
 
-        After ``optimizer.step()`` it makes parameters and the optimizer's state what they should be; what reads them in
-        another way than by modules' forward and ``state_dict()`` must come after it. Between ``backward()`` and
-        ``optimizer.step()`` it makes ``p.grad`` the exchanged gradient, to be clipped, say.
-
-        Raises:
-            TransportError: a rank is gone, or nothing came in time.
-            GradientError: ``p.grad`` was changed before.
+        After ``optimizer.step()``: to be called before parameters or the optimizer's state are read in another way than
+        by modules' forward and ``state_dict()``. Between ``backward()`` and ``optimizer.step()`` it makes ``p.grad``
+        the exchanged gradient, to be clipped, say. Raises as :meth:`exchange`.
         """
         self.ahead.land()
 
