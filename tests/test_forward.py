@@ -224,6 +224,32 @@ def test_a_step_that_is_not_finite_leaves_residuals_alone(factor: float, exchang
         assert all(rank[-1][0] == 1 for rank in found)
 
 
+class Steep(nn.Module):
+    """A matrix that is compressed, and a vector that is not, whose gradient is ``slope``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5))
+
+    def forward(self, inputs: Tensor, slope: float) -> Tensor:
+        return (self.weight @ inputs).square().sum() + self.weight.sum() + slope * self.bias.sum()
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize(("slope", "finite"), [(1.0, True), (1e38, True), (2e38, False)])
+def test_values_that_only_their_sum_takes_to_infinity(slope: float, finite: bool, exchange: str) -> None:
+    def body(net: Any, optimizer: Any, sync: Any) -> Any:
+        for step in range(3):
+            optimizer.zero_grad()
+            net(noise(sync.rank, step, 3), slope if step == 1 else 0.0).backward()
+            optimizer.step()
+        sync.wait()
+        assert sync.stats()["nonfinite_steps"] == (not finite)
+
+    options = {"exchange": exchange, "reduction": "sum", "digest_every": 0, "bucket_bytes": 32}
+    both(2, lambda transport, overlap: trained(transport, overlap, body, Steep(), **options))
+
+
 def test_gradients_that_are_not_changed_may_be_dropped_or_used_twice() -> None:
     def body(net: Any, optimizer: Any, sync: Any) -> None:
         for step in range(STEPS):
@@ -540,3 +566,16 @@ def test_other_transports_come_to_the_same(make_world: Any, compressor: str) -> 
     found = run_on(make_world(), lambda transport: loop(transport, sgd, overlap="forward", compressor=compressor))
     expected = run_ranks(2, lambda transport: loop(transport, sgd, compressor=compressor))
     same_bits([rank["parameters"] for rank in found], [rank["parameters"] for rank in expected])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compressor", ["none", "threshold", "powersgd:rank=2"])
+def test_on_cuda_too(compressor: str) -> None:
+    def body(net: Any, optimizer: Any, sync: Any) -> None:
+        for step in range(STEPS):
+            inputs, targets = (tensor.cuda() for tensor in batch(sync.rank, step))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(inputs), targets).backward()
+            optimizer.step()
+
+    both(2, lambda transport, overlap: trained(transport, overlap, body, small_net().cuda(), compressor=compressor))
