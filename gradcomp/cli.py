@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--transport", metavar="SPEC", help="default: zmq, or what the exchange brings")
     run.add_argument("--exchange", metavar="SPEC", default="auto", help="default: %(default)s")
+    run.add_argument(
+        "--overlap",
+        choices=("backward", "forward"),
+        default="backward",
+        help="what hides the exchange: backward, or the next forward pass, too; default: %(default)s",
+    )
     run.add_argument("--epochs", type=int, metavar="N", help="in place of the task's own")
     run.add_argument(
         "--batch-size", type=int, metavar="N", help="samples a worker takes per step, in place of the task's own"

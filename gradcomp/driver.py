@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,13 @@ class Driver:
 
     Args:
         lane: where their CUDA work is queued.
+        last_first: of those that can go on, the one submitted last does.
     """
 
-    def __init__(self, transport: Transport, lane: Lane) -> None:
+    def __init__(self, transport: Transport, lane: Lane, *, last_first: bool = False) -> None:
+        self.lane = lane
         self._transport = transport
-        self._lane = lane
+        self._last_first = last_first
         self._new: deque[_Bucket] = deque()
         self._active: list[_Bucket] = []
         self._unfinished = 0
@@ -60,7 +62,7 @@ class Driver:
         with self._transport.arrival:
             self._check()
             self._unfinished += 1
-            self._new.append(_Bucket(steps, record, time.perf_counter(), self._lane.mark()))
+            self._new.append(_Bucket(steps, record, time.perf_counter(), self.lane.mark()))
             self._transport.arrival.notify_all()
 
     def drain(self) -> None:
@@ -69,13 +71,21 @@ class Driver:
         Raises:
             GradcompError: what an exchange failed with.
         """
+        self.wait_until(lambda: not self._unfinished)
+
+    def wait_until(self, there: Callable[[], bool]) -> None:
+        """Wait for something that an exchange under way, or a message that comes in, makes true.
+
+        Raises:
+            GradcompError: what an exchange failed with.
+        """
         with self._transport.arrival:
-            while self._unfinished and self._error is None and not self._stopped:
+            while not there() and self._error is None and not self._stopped:
                 if not self._thread.is_alive():
                     raise TransportError("the exchange thread is gone")
                 self._transport.arrival.wait(1.0)
             self._check()
-        self._lane.join()
+        self.lane.join()
 
     def stop(self) -> None:
         """End the thread; what is under way is dropped."""
@@ -109,7 +119,7 @@ class Driver:
                     bucket = self._new.popleft()
                     self._active.append(bucket)
                     return bucket
-                for bucket in self._active:
+                for bucket in reversed(self._active) if self._last_first else self._active:
                     if self._can_go_on(bucket):
                         return bucket
                 deadline = min((bucket.deadline for bucket in self._active), default=math.inf)
@@ -130,7 +140,7 @@ class Driver:
             self._transport.wait(bucket.awaited, timeout_s=0.0, waited_s=self._transport.timeout_s)
             bucket.awaited = ()  # the messages' memory is the exchange's to free
         try:
-            with self._lane.after(bucket.mark):
+            with self.lane.after(bucket.mark):
                 bucket.awaited = next(bucket.steps)
             bucket.mark = None
             # Who waits for its turn waits for a bucket that has a deadline.

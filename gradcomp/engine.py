@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from gradcomp import redistribute, replicas, vectors
+from gradcomp import replicas, saving, vectors
+from gradcomp.ahead import Ahead, or_leave
 from gradcomp.bucket import DenseRule
 from gradcomp.buffers import BufferPolicy
-from gradcomp.errors import ConfigError, GradcompError
-from gradcomp.gradients import Gradients, ParameterGradients
+from gradcomp.changes import go_on_with
+from gradcomp.errors import ConfigError
+from gradcomp.gradients import Gradients, HeldGradients, ParameterGradients
 from gradcomp.hooks import BackwardHooks, Handle
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.options import check_choice, check_integer
@@ -23,14 +25,11 @@ from gradcomp.plan import Planner, message_bounds
 from gradcomp.products import Products
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
-from gradcomp.states import unpack
 from gradcomp.stepper import Stepper
 from gradcomp.vectors import Vectors
 from gradcomp.version import WIRE_VERSION, __version__
 
 __all__ = ["GradientExchange"]
-
-_STATE_FORMAT = 1
 
 
 class GradientExchange:
@@ -48,6 +47,8 @@ class GradientExchange:
         reduction: ``"mean"`` or ``"sum"`` over ranks.
         when: ``"backward"``: exchanged inside ``backward()``, overlapped with it; ``"step"``: when :meth:`exchange`
             is called; ``"ddp"``: by somebody who calls :meth:`ready` and :meth:`exchange`.
+        overlap: ``"backward"``: an exchange is over when :meth:`exchange` returns; ``"forward"``: it is in flight then,
+            and lands in :meth:`wait`, or bucket by bucket for somebody who asks :attr:`ahead` for that.
         bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32.
         digest_every: every so many steps replicas are compared; 0 never.
         dense: which parameters go uncompressed; called with name and parameter.
@@ -55,6 +56,9 @@ class GradientExchange:
         gradients: where they lie, if not in ``p.grad``.
         products: watches the linear layers, for ``factored`` compressors; None: these are refused.
         accept: raises ConfigError for compressors that will not do; asked about every one that is set.
+
+    Attributes:
+        ahead: the step in flight.
 
     Raises:
         ConfigError: no parameters, or an option out of range.
@@ -74,6 +78,7 @@ class GradientExchange:
         later: Sequence[Tensor] = (),
         reduction: str = "mean",
         when: str = "backward",
+        overlap: str = "backward",
         bucket_bytes: int = 25 << 20,
         digest_every: int = 100,
         dense: Callable[[str, Tensor], bool] | None = None,
@@ -84,12 +89,14 @@ class GradientExchange:
     ) -> None:
         check_choice("attach", "reduction", reduction, ("mean", "sum"))
         check_choice("attach", "when", when, ("backward", "step", "ddp"))
+        check_choice("attach", "overlap", overlap, ("backward", "forward"))
         check_integer("attach", "bucket_bytes", bucket_bytes, at_least=4)
         check_integer("attach", "digest_every", digest_every, at_least=0)
-        self._names = [name for name, _ in named_parameters]
         exchange = exchange.on(transport)
         self.transport, self.exchange_kind = transport, exchange
         self._reduction, self._when, self._digest_every = reduction, when, digest_every
+        self._overlap = overlap
+        ahead = overlap == "forward"
         self._planner = Planner(
             exchange=exchange,
             world_size=transport.parties,
@@ -111,20 +118,24 @@ class GradientExchange:
         self._stepper = Stepper(
             plan=plan,
             tensors=tensors,
-            gradients=ParameterGradients(tensors, self._products) if gradients is None else gradients,
+            gradients=gradients or (HeldGradients if ahead else ParameterGradients)(tensors, self._products),
             transport=transport,
             exchange=exchange,
             scale=1.0 / transport.world_size if reduction == "mean" else 1.0,
             loss_scale=self._loss_scale,
+            ahead=ahead,
         )
+        self.ahead = Ahead(self._stepper, self._leave)
         everything = [*tensors, *buffers]
         most = plan.most_bytes(exchange, transport.parties)
-        self._longest, self._all_together = message_bounds(most, everything, later)
+        longest, all_together = message_bounds(most, everything, later)
+        self._agreed = longest, all_together
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
+        transport.first_needed_first = ahead
         transport.connect(
             self._hello(),
-            max_message_bytes=self._longest,
-            max_unclaimed_bytes=2 * self._all_together,
+            max_message_bytes=longest,
+            max_unclaimed_bytes=2 * all_together,
         )
         self._stepper.start()
         try:
@@ -155,7 +166,7 @@ class GradientExchange:
 
     @property
     def step(self) -> int:
-        """Number of exchanges that are finished; part of a checkpoint."""
+        """Number of exchanges that are finished, or in flight (:meth:`wait`); part of a checkpoint."""
         return self._stepper.step
 
     @contextmanager
@@ -176,18 +187,30 @@ class GradientExchange:
         """
         if not self._syncing:
             return
-        with self._abort_on_error():
-            self._stepper.finish()
+        with or_leave(self._leave):
+            if self._overlap == "forward":
+                self._stepper.leave()
+            else:
+                self._stepper.finish()
             step = self._stepper.step
             if self._buffer_policy.is_due(step):
                 self._buffer_policy.apply(self.transport, self._stepper.next_turn(), self._synced)
             if self._digest_every and step % self._digest_every == 0:
-                self.check_replicas()
+                self._compare()
 
     def ready(self, *positions: int) -> None:
         """These parameters, by their position among the named ones, have their gradients: for those who bring hooks."""
-        with self._abort_on_error():
+        with or_leave(self._leave):
             self._stepper.ready(positions)
+
+    def wait(self) -> None:
+        """With ``overlap="forward"``: finish the step that is in flight, if one is; with ``"backward"`` none ever is.
+
+        After ``optimizer.step()``: to be called before parameters or the optimizer's state are read in another way than
+        by modules' forward and ``state_dict()``. Between ``backward()`` and ``optimizer.step()`` it makes ``p.grad``
+        the exchanged gradient, to be clipped, say. Raises as :meth:`exchange`.
+        """
+        self.ahead.land()
 
     @property
     def is_syncing(self) -> bool:
@@ -200,8 +223,12 @@ class GradientExchange:
         Raises:
             ReplicaMismatch: names the first parameter that differs.
         """
+        self.wait()
+        self._compare()
+
+    def _compare(self) -> None:
         stepper = self._stepper
-        replicas.check_equal(self.transport, stepper.next_turn(), stepper.step, self._names, stepper.tensors)
+        replicas.check_equal(self.transport, stepper.next_turn(), stepper.step, stepper.named)
 
     def stats(self) -> dict[str, Any]:
         """What was sent and how long it took.
@@ -212,8 +239,8 @@ class GradientExchange:
             same gradients as float32), ``ratio`` (gradient_bytes / packet_bytes). Of the last step: ``density`` (share
             of compressed elements that was sent), ``tau`` (mean over tensors), ``compress_ms``, ``wait_ms``
             (training thread waiting), ``decompress_ms``, ``hidden_fraction`` (share of the time on the wire that
-            backward hid), ``parameters`` (the same by name). Now: ``residual_norm``, and ``compressors``: each
-            parameter's, as a spec string, by name. With hosts as levels (exchange ``hierarchical``) also
+            backward, or the next forward, hid), ``parameters`` (the same by name). Now: ``residual_norm``, and
+            ``compressors``: each parameter's, as a spec string, by name. With hosts as levels (``hierarchical``) also
             ``bytes_sent_between`` and ``bytes_received_between``: what of all bytes crossed between hosts.
         """
         return self._stepper.totals.as_dict() | {
@@ -231,6 +258,8 @@ class GradientExchange:
         Returns:
             float32, same shape, on the CPU; bit-identical on all ranks.
         """
+        if tensor.requires_grad:  # a parameter
+            self.wait()
         return replicas.average(self.transport, self._stepper.next_turn(), tensor)
 
     def all_reduce(self, tensors: Vectors, *, reduction: str = "sum", compressor: Spec = "none") -> Vectors:
@@ -243,9 +272,8 @@ class GradientExchange:
 
         Save one a rank; with model, optimizer and random state it restores a run bit for bit.
         """
-        stepper = self._stepper
-        shapes = {row.name: list(row.shape) for row in stepper.plan.table}
-        return self._about() | {"step": stepper.step, "parameters": shapes, "states": stepper.store.save()}
+        self.wait()
+        return saving.save(self._stepper, self.transport)
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Restore what :meth:`state_dict` gave, on the same rank of as many ranks. Nothing changes if it is refused.
@@ -253,27 +281,16 @@ class GradientExchange:
         Raises:
             StateError: it is from another rank, world size, compressor or model.
         """
-        step, states = unpack(state_dict, self._about())
-        self._stepper.store.load(states, self._stepper.plan.named_pieces(), self._stepper.plan.numels)
-        self._stepper.step = step
+        self.wait()
+        saving.load(state_dict, self._stepper, self.transport)
 
     def load_state_dicts(self, state_dicts: Iterable[Mapping[str, object]]) -> None:
         """Restore what :meth:`state_dict` gave on all old ranks, be they as many or not: see gradcomp.redistribute.
 
         All ranks must call it. If one refuses (StateError), all do (HandshakeError), and nothing changes on any.
         """
-        stepper = self._stepper
-        stepper.step, stepper.store = redistribute.restore_together(
-            state_dicts, stepper.plan, self._about(), self.transport, stepper.next_turn(), stepper.tensors[0].device
-        )
-
-    def _about(self) -> dict[str, object]:
-        return {
-            "format": _STATE_FORMAT,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "compressor": json.dumps(self.compressor.config(), sort_keys=True),
-        }
+        self.wait()
+        saving.load_all(state_dicts, self._stepper, self.transport)
 
     def set_compressor(self, compressor: Spec | Choice) -> None:
         """Compress differently from the next step on. All ranks must call it, between the same two steps.
@@ -289,8 +306,8 @@ class GradientExchange:
                 what the first compressor may send, or float32.
             HandshakeError: the ranks do not agree; names the field. Nothing has changed then, on any rank.
         """
-        named = list(zip(self._names, self._stepper.tensors, strict=True))
-        self._change("set_compressor", named, lambda: choose(compressor))
+        self.wait()
+        self._change("set_compressor", self._stepper.named, lambda: choose(compressor))
 
     def set_parameters(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Exchange the gradients of these parameters from the next step on, the new ones starting as rank 0's.
@@ -304,39 +321,21 @@ class GradientExchange:
         """
         if self._when == "ddp":
             raise ConfigError("set_parameters: DistributedDataParallel's parameters are those it was made with")
+        self.wait()
         self._change("set_parameters", named_parameters, lambda: self.compressor)
         replicas.broadcast(self.transport, self._stepper.next_turn(), self._stepper.tensors)
 
     def _change(self, what: str, named: Sequence[tuple[str, Tensor]], choice: Callable[[], Choice]) -> None:
-        """Go on with another plan, if all ranks do."""
-        stepper = self._stepper
-        if stepper.under_way:
-            raise ConfigError(f"{what}: a step is under way; call it between steps")
-        problem: GradcompError | None = None
-        agreed: dict[str, str | int | bytes] = {"step": stepper.step}
-        try:
-            plan = self._planner.plan(named, choice())
-            longest, all_together = message_bounds(plan.message_bytes(), [tensor for _, tensor in named])
-            for most, allowed in ((longest, self._longest), (all_together, self._all_together)):
-                if most > allowed:
-                    raise ConfigError(f"{what}: messages could have {most} bytes; {allowed} were agreed on")
-            numels = plan.numels
-            store = stepper.store.recut(
-                {key: piece for key, piece in stepper.plan.named_pieces().items() if key[0] in numels},
-                plan.named_pieces(),
-                numels,
-                stepper.tensors[0].device,
-            )
-            agreed |= plan.describe()
-        except GradcompError as error:
-            # The others must hear of it, or they would wait for this rank.
-            problem = error
-            agreed["compressor"] = f"refused on rank {self.rank}: {error}"[:1000]
-        replicas.check_agreed(self.transport, stepper.next_turn(), agreed, problem)
-        tensors = [tensor for _, tensor in named]
-        same = [id(tensor) for tensor in tensors] == [id(tensor) for tensor in stepper.tensors]
-        self._names = [name for name, _ in named]
-        stepper.use(plan, store, tensors, stepper.gradients if same else ParameterGradients(tensors, self._products))
+        go_on_with(
+            what,
+            named,
+            choice,
+            stepper=self._stepper,
+            planner=self._planner,
+            transport=self.transport,
+            products=self._products,
+            agreed=self._agreed,
+        )
         if self._when == "backward":
             self._hook_up()  # after those that watch products
 
@@ -345,14 +344,24 @@ class GradientExchange:
         self._handles.append(handle)
 
     def detach(self) -> None:
-        """Take the hooks off and leave: training goes on locally."""
+        """Take the hooks off and leave: training goes on locally, from where a step in flight ends."""
+        if not self._closed:
+            self.wait()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.close()
 
     def close(self) -> None:
-        """Leave the other ranks. Bounded; may be called twice. A later exchange raises TransportError."""
+        """Leave the other ranks, once no step is in flight. Bounded; may be called twice.
+
+        A later exchange raises TransportError.
+        """
+        if not self._closed:
+            self.wait()
+        self._leave()
+
+    def _leave(self) -> None:
         if not self._closed:
             self._closed = True
             self._products.remove()
@@ -365,6 +374,8 @@ class GradientExchange:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._leave()  # an error: what is in flight is not waited for
         self.detach()
 
     # -- meeting -------------------------------------------------------------------------------------------------------
@@ -378,6 +389,7 @@ class GradientExchange:
             "exchange": json.dumps(self.exchange_kind.config(), sort_keys=True),
             "reduction": self._reduction,
             "when": self._when,
+            "overlap": self._overlap,
             "bucket_bytes": self._planner.bucket_bytes,
             "digest_every": self._digest_every,
             "loss_scale": repr(self._loss_scale()),
@@ -391,14 +403,10 @@ class GradientExchange:
             handle.remove()
             self._handles.remove(handle)
         self.add_handle(
-            BackwardHooks(self._stepper.tensors, active=lambda: self._syncing, ready=self.ready, finish=self.exchange)
+            BackwardHooks(
+                self._stepper.tensors,
+                active=lambda position: self.ahead.begin_backward(position) and self._syncing,
+                ready=self.ready,
+                finish=self.exchange,
+            )
         )
-
-    @contextmanager
-    def _abort_on_error(self) -> Iterator[None]:
-        """A step that fails here leaves the run, so that the other ranks hear of it at once instead of waiting."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise

@@ -27,7 +27,8 @@ class BackwardHooks:
 
     Args:
         tensors: the parameters; those that are frozen now may be unfrozen later.
-        active: whether this backward pass is to be exchanged.
+        active: whether this backward pass is to be exchanged; called with the position of a parameter that has its
+            gradient, before anything else is.
         ready: called with the position of a parameter whose gradient is complete.
         finish: called when a backward pass that reached any of the parameters is over.
     """
@@ -36,7 +37,7 @@ class BackwardHooks:
         self,
         tensors: Sequence[Tensor],
         *,
-        active: Callable[[], bool],
+        active: Callable[[int], bool],
         ready: Callable[[int], None],
         finish: Callable[[], None],
     ) -> None:
@@ -51,7 +52,7 @@ class BackwardHooks:
 
     def _on_gradient(self, position: int) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
-            if not self._active():
+            if not self._active(position):
                 return
             if not self._in_backward:
                 self._in_backward = True

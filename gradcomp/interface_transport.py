@@ -14,11 +14,14 @@ from torch import Tensor
 from gradcomp.errors import ConfigError, TransportError, TransportTimeout
 from gradcomp.options import Configured
 
-__all__ = ["MY_TURN", "Buffer", "Incoming", "Levels", "Part", "Slot", "Transport"]
+__all__ = ["FIRST_RESERVED_BUCKET", "MY_TURN", "Buffer", "Incoming", "Levels", "Part", "Slot", "Transport"]
 
 T = TypeVar("T", bound="Transport")
 
 Buffer = bytes | bytearray | memoryview
+
+# Bucket numbers from here on no bucket has: they are of messages that are not gradients (gradcomp.replicas).
+FIRST_RESERVED_BUCKET: Final = 0xFFFF_FFF0
 
 
 class Slot(NamedTuple):
@@ -27,6 +30,18 @@ class Slot(NamedTuple):
     step: int
     bucket: int
     stage: int
+
+    @property
+    def urgency(self) -> tuple[int, int, int, int]:
+        """What sorts messages, the most urgent first: a verdict or a digest, and then buckets of the earliest layers.
+
+        Buckets are numbered from the last layers to the first (:mod:`gradcomp.bucket`), and forward begins with the
+        first. What is left of an earlier step comes before all of a later one, and every bucket's first trip before
+        any second one: nothing is known of the step as a whole before that (:mod:`gradcomp.verdict`).
+        """
+        if self.bucket >= FIRST_RESERVED_BUCKET:
+            return 0, 0, 0, 0
+        return 1, self.step, self.stage, -self.bucket
 
 
 class Incoming(ABC):
@@ -115,6 +130,8 @@ class Transport(Configured, ABC):
         bytes_sent, bytes_received: everything put on and taken off the wire for data, headers included.
         adds_up: whether :meth:`all_reduce` is more than sends and receives, so that sums are best left to it.
         levels: where ranks are not all alike: the transports that they do talk to each other by.
+        first_needed_first: set before :meth:`connect`: of a peer's messages that have not begun, those that
+            :attr:`Slot.urgency` puts first go first. A transport that has no queue of its own need not care.
     """
 
     rank: int
@@ -125,6 +142,7 @@ class Transport(Configured, ABC):
     bytes_received: int
     adds_up: bool = False
     levels: Levels | None = None
+    first_needed_first: bool = False
 
     @property
     def parties(self) -> int:

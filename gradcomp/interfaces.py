@@ -331,7 +331,14 @@ class Work(ABC):
 
 
 class Exchange(Configured, ABC):
-    """How packets meet: who sends which pieces to whom."""
+    """How packets meet: who sends which pieces to whom.
+
+    Attributes:
+        foreseeable: each rank encodes each piece once and reduces those it owns once, before it is sent anything else:
+            what is then finite on all ranks stays so. (Where :meth:`Work.rounds` is run, nothing is said.)
+    """
+
+    foreseeable: ClassVar[bool] = False
 
     def transport(
         self, given: str | Mapping[str, object] | Transport | None, *, usual: str | Transport = "zmq"

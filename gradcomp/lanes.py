@@ -42,6 +42,11 @@ class Lane:
         with torch.cuda.stream(self._stream):
             yield
 
+    def follow(self) -> None:
+        """What is queued here from now on runs after all that the current stream was given. The host does not wait."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
     def join(self) -> None:
         """What the current stream is given from now on runs after all that was queued here. The host does not wait."""
         if self._stream is not None:

@@ -17,6 +17,7 @@ __all__ = [
     "BUFFERS_BUCKET",
     "MEETING_BUCKET",
     "VECTORS_BUCKET",
+    "VERDICT_BUCKET",
     "average",
     "broadcast",
     "check_agreed",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 BROADCAST_CHUNK_BYTES = 8 << 20
-# Bucket numbers no bucket has, so that these messages never meet a gradient's.
+# From FIRST_RESERVED_BUCKET on, so that these messages never meet a gradient's.
 DIGEST_BUCKET = 0xFFFF_FFFF
 BROADCAST_BUCKET = 0xFFFF_FFFE
 AVERAGE_BUCKET = 0xFFFF_FFFD
@@ -32,6 +33,7 @@ AGREEMENT_BUCKET = 0xFFFF_FFFC
 BUFFERS_BUCKET = 0xFFFF_FFFB  # gradcomp.buffers
 MEETING_BUCKET = 0xFFFF_FFFA  # gradcomp.transports.hierarchical
 VECTORS_BUCKET = 0xFFFF_FFF9  # gradcomp.vectors
+VERDICT_BUCKET = 0xFFFF_FFF8  # gradcomp.verdict
 
 
 def broadcast(transport: Transport, turn: int, tensors: Sequence[Tensor]) -> None:
@@ -103,8 +105,8 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         yield from torch.split(flat.view(-1), BROADCAST_CHUNK_BYTES // tensor.element_size())
 
 
-def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Raise on every rank unless all replicas of ``tensors`` are bit-identical.
+def check_equal(transport: Transport, turn: int, step: int, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise on every rank unless all replicas of these tensors are bit-identical.
 
     Args:
         turn: numbers the messages; no two checks of a run share it.
@@ -113,7 +115,7 @@ def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str]
     Raises:
         ReplicaMismatch: names the first tensor that differs from rank 0's on any rank.
     """
-    digests = [_digest([tensor]) for tensor in tensors]
+    digests = [_digest([tensor]) for _, tensor in named]
     summary = xxhash.xxh3_128_digest(b"".join(digests))
     everyone = transport.all_gather(Slot(turn, DIGEST_BUCKET, 0), summary)
     if all(bytes(other) == summary for other in everyone):
@@ -121,7 +123,7 @@ def check_equal(transport: Transport, turn: int, step: int, names: Sequence[str]
     # Every rank sees the same summaries, so every rank comes here together.
     tables = [bytes(table) for table in transport.all_gather(Slot(turn, DIGEST_BUCKET, 1), b"".join(digests))]
     size = len(digests[0])
-    for i, name in enumerate(names):
+    for i, (name, _) in enumerate(named):
         rows = [table[i * size : (i + 1) * size] for table in tables]
         ranks = tuple(rank for rank, row in enumerate(rows) if row != rows[0])
         if ranks:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from torch import Tensor
 from gradcomp.bucket import Bucket
 from gradcomp.driver import Driver
 from gradcomp.errors import GradientError
-from gradcomp.gradients import Gradients
+from gradcomp.flight import Flight
+from gradcomp.gradients import Gradients, HeldGradients, check_gradient
 from gradcomp.hosts import Host, at_level
 from gradcomp.interfaces import MY_TURN, Exchange, Incoming, Transport
 from gradcomp.lanes import Lane
 from gradcomp.plan import Plan
 from gradcomp.states import StateStore
 from gradcomp.telemetry import StepRecord, Totals
-from gradcomp.work import BucketWork, check_gradient
+from gradcomp.verdict import Outlook, Verdict
+from gradcomp.work import BucketWork
 
 __all__ = ["Stepper"]
 
@@ -34,10 +36,12 @@ class Stepper:
     Args:
         scale: what sums over ranks are multiplied by.
         loss_scale: asked once a step, on the exchange's lane, what gradients are multiples of.
+        ahead: steps end with :meth:`leave`, not :meth:`finish`; ``gradients`` are HeldGradients.
 
     Attributes:
         plan, store, tensors, gradients: what is exchanged; see :meth:`use`.
-        step: number of steps that are finished; part of a checkpoint.
+        step: number of steps that are finished, or in flight; part of a checkpoint.
+        flight: the step that has left and not landed.
         totals: what was sent.
     """
 
@@ -51,11 +55,14 @@ class Stepper:
         exchange: Exchange,
         scale: float,
         loss_scale: Callable[[], float],
+        ahead: bool = False,
     ) -> None:
         self.step = 0
+        self.flight: Flight | None = None
         self.totals = Totals()
         self._transport = transport
         self._exchange = exchange
+        self._ahead = ahead
         self._scale = scale
         self._ask_loss_scale = loss_scale
         self._turn = 0
@@ -72,6 +79,7 @@ class Stepper:
         """From the next step on; not while one is under way."""
         self.plan, self.store, self.tensors, self.gradients = plan, store, tensors, gradients
         gradients.watch([position for position, row in enumerate(plan.table) if row.codec.factored])
+        self._bucket_of = {id(tensors[position]): bucket.index for position, bucket in plan.bucket_of.items()}
         self._host = None if self._levels is None else Host(self._levels, plan.table, gradients, self._device)
         self._start_step()
 
@@ -80,7 +88,7 @@ class Stepper:
         if self._levels is not None:
             self._drivers["local"] = Driver(self._levels.local, Lane(self._device))
         if self._crossing is not None:
-            self._drivers["between"] = Driver(self._crossing, Lane(self._device))
+            self._drivers["between"] = Driver(self._crossing, Lane(self._device), last_first=self._ahead)
 
     def stop(self) -> None:
         """What is under way is dropped; a later step raises TransportError."""
@@ -88,9 +96,14 @@ class Stepper:
             driver.stop()
 
     @property
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Name and parameter."""
+        return [(row.name, tensor) for row, tensor in zip(self.plan.table, self.tensors, strict=True)]
+
+    @property
     def under_way(self) -> bool:
-        """Whether a bucket of the next step has left already."""
-        return self._submitted > 0
+        """Whether a bucket of the next step has left already, or not all of the one before have landed."""
+        return self._submitted > 0 or self.flight is not None
 
     def next_turn(self) -> int:
         """A number for messages; unlike the step it never goes back, not even when a state is loaded."""
@@ -157,7 +170,55 @@ class Stepper:
             with self._at(level):
                 driver.drain()
 
+    def leave(self) -> None:
+        """Submit what has not left yet, and wait for nothing: the step is in flight."""
+        self.land()
+        for bucket in self.plan.buckets[self._submitted :]:
+            self._submit(bucket)
+        if not isinstance(self.gradients, HeldGradients):
+            raise TypeError("gradients of a step in flight must be held")
+        self.flight = Flight(
+            self._works,
+            record=self._record,
+            driver=self._drivers["between"],
+            gradients=self.gradients,
+            verdict=self._verdict,
+            wait_for_all=self.store.holds_waiting,
+            timeout_s=self._transport.timeout_s,
+        )
+        self.step += 1
+        self.next_turn()
+        self._start_step()
+
+    @property
+    def in_flight(self) -> frozenset[int]:
+        """The parameters that are, by position."""
+        left = () if self.flight is None else self.flight.left
+        return frozenset(position for index in left for position in self.plan.buckets[index].parameters)
+
+    def land(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Wait for the buckets of these parameters, or all, of the step in flight, if there is one.
+
+        Raises:
+            GradcompError: as :meth:`Flight.land`.
+        """
+        flight = self.flight
+        if flight is None:
+            return
+        device = self._device.type
+        plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        # Forward may run in any of these; what is made here must last beyond it.
+        with torch.inference_mode(False), torch.no_grad(), plain:
+            flight.land(
+                None if parameters is None else {self._bucket_of[id(p)] for p in parameters if id(p) in self._bucket_of}
+            )
+        if flight.landed:
+            self.flight = None
+            self.gradients.end_step()
+            self.totals.add(flight.record, gradient_bytes=self.plan.gradient_bytes, nonfinite=flight.nonfinite)
+
     def _start_step(self) -> None:
+        self._verdict: Verdict | None = None
         self._waiting = None
         self._submitted = 0
         self._works: list[BucketWork] = []
@@ -167,6 +228,7 @@ class Stepper:
 
     def _submit(self, bucket: Bucket) -> None:
         self._running()
+        self.gradients.hold(bucket.parameters)
         for position in bucket.parameters:
             check_gradient(self.plan.table[position].name, self.gradients.get(position))
         self._submitted += 1
@@ -187,9 +249,22 @@ class Stepper:
     def _exchange_bucket(self, bucket: Bucket, gradients: Gradients) -> None:
         if self._crossing is None:
             raise RuntimeError("this rank leads no host, and exchanges nothing by itself")
+        pieces = self.plan.pieces[bucket.index]
+        outlook: Outlook | None = None
+        # Whether there is state is the same on all ranks; whether something waits is not.
+        if self._ahead and self.plan.has_state:
+            if self._verdict is None:
+                self._verdict = Verdict(self._crossing, self._turn, len(self.plan.buckets))
+            outlook = Outlook(
+                pieces,
+                rank=self._crossing.rank,
+                world_size=self._crossing.world_size,
+                foreseeable=self._exchange.foreseeable,
+                tell=self._verdict.tell,
+            )
         work = BucketWork(
             bucket=bucket,
-            pieces=self.plan.pieces[bucket.index],
+            pieces=pieces,
             table=self.plan.table,
             gradients=gradients,
             device=self._device,
@@ -200,9 +275,16 @@ class Stepper:
             scale=self._scale,
             loss_scale=self._loss_scale,
             watch_dense=self.plan.has_state or self.store.holds_waiting,
+            outlook=outlook,
         )
         self._works.append(work)
-        self._drivers["between"].submit(self._exchange.run(work), self._record)
+        self._drivers["between"].submit(self._run(work, outlook), self._record)
+
+    def _run(self, work: BucketWork, outlook: Outlook | None) -> Generator[Sequence[Incoming], None, None]:
+        yield from self._exchange.run(work)
+        if outlook is not None:
+            outlook.over(nonfinite=work.nonfinite)
+        work.over = True
 
     def _running(self) -> None:
         if not self._drivers:

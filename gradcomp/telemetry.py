@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,7 @@ __all__ = ["StepRecord", "Totals"]
 
 @dataclass
 class StepRecord:
-    """One step's measurements, in seconds and bytes.
-
-    The exchange thread writes while buckets are under way, the training thread once they are done.
-    """
+    """One step's measurements, in seconds and bytes; written by the exchange thread and the training thread."""
 
     compress_s: float = 0.0
     decompress_s: float = 0.0
@@ -26,6 +24,7 @@ class StepRecord:
     parameters: dict[str, dict[str, float]] = field(default_factory=dict)
     sent: int = 0
     elements: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -34,7 +33,9 @@ class StepRecord:
         try:
             yield
         finally:
-            setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
+            took = time.perf_counter() - start
+            with self.lock:
+                setattr(self, stage, getattr(self, stage) + took)
 
     @property
     def hidden_fraction(self) -> float:

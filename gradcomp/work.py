@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gradcomp import kernels
 from gradcomp.bucket import Bucket, Parameter, Piece
-from gradcomp.errors import GradientError
 from gradcomp.gradients import Gradients
 from gradcomp.interfaces import MY_TURN, Buffer, Commit, Compressor, Incoming, Slot, State, Transport, Work
 from gradcomp.message import Head, Message
@@ -25,8 +24,9 @@ from gradcomp.packet import Packet
 from gradcomp.rounds import Rounds, join
 from gradcomp.states import StateStore
 from gradcomp.telemetry import StepRecord
+from gradcomp.verdict import Outlook
 
-__all__ = ["BucketWork", "check_gradient"]
+__all__ = ["BucketWork"]
 
 
 class BucketWork(Work):
@@ -39,6 +39,10 @@ class BucketWork(Work):
             Compressors with state see them divided by it, or a threshold would mean nothing and a residual would
             change its unit.
         watch_dense: look for non-finite sums in stateless pieces too, for the sake of other pieces' residuals.
+        outlook: is shown every packet that this rank makes.
+
+    Attributes:
+        over: whether the exchange is; what is left is :meth:`finish`.
     """
 
     def __init__(
@@ -56,12 +60,14 @@ class BucketWork(Work):
         scale: float,
         loss_scale: Callable[[], float],
         watch_dense: bool,
+        outlook: Outlook | None = None,
     ) -> None:
         self.rank = transport.rank
         self.world_size = transport.world_size
         self.pieces = pieces
-        self.nonfinite = False
-        self._bucket = bucket
+        self.nonfinite = self.over = False
+        self.bucket = bucket
+        self._outlook = outlook
         self._table = table
         self._gradients = gradients
         self._store = store
@@ -88,7 +94,7 @@ class BucketWork(Work):
     def encode(self, pieces: Sequence[Piece]) -> Message:
         """Compress this rank's gradient of ``pieces``; a parameter without gradient contributes nothing."""
         with self._record.timed("compress_s"):
-            message = Message(tuple(self._encode(piece) for piece in pieces), self._present)
+            message = self._shown(pieces, Message(tuple(self._encode(piece) for piece in pieces), self._present))
         self._record.packet_bytes += message.packet_bytes
         return message
 
@@ -98,11 +104,11 @@ class BucketWork(Work):
             packets = [
                 self._reduce(piece, [message.packets[i] for message in messages]) for i, piece in enumerate(pieces)
             ]
-        return Message(tuple(packets), _on_any_rank(messages))
+            return self._shown(pieces, Message(tuple(packets), _on_any_rank(messages)))
 
     def deliver(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> None:
         """Make the sum of ``messages`` the gradient: now if stateless, else in :meth:`finish`."""
-        present = {p for p, given in zip(self._bucket.parameters, _on_any_rank(messages), strict=True) if given}
+        present = {p for p, given in zip(self.bucket.parameters, _on_any_rank(messages), strict=True) if given}
         with self._record.timed("decompress_s"):
             for i, piece in enumerate(pieces):
                 self._deliver(piece, [message.packets[i] for message in messages], present)
@@ -123,7 +129,7 @@ class BucketWork(Work):
             total = yield mine
         with self._record.timed("decompress_s"):
             for piece, (packet, commit) in zip(pieces, results, strict=True):
-                if commit is not None and not present.isdisjoint(self._bucket.units[piece.unit].parameters):
+                if commit is not None and not present.isdisjoint(self.bucket.units[piece.unit].parameters):
                     self._commits.append(commit)
                 self._deliver(piece, [packet], present)
 
@@ -192,8 +198,13 @@ class BucketWork(Work):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _shown(self, pieces: Sequence[Piece], message: Message) -> Message:
+        if self._outlook is not None:
+            self._outlook.add(pieces, message.packets)
+        return message
+
     def _slot(self, stage: int) -> Slot:
-        return Slot(self._step, self._bucket.index, stage)
+        return Slot(self._step, self.bucket.index, stage)
 
     def _encode(self, piece: Piece) -> Packet | None:
         whole = self._gradient(piece.unit)
@@ -208,7 +219,7 @@ class BucketWork(Work):
             return packet
         name = self._name(piece)
         state = self._store.get(name, piece, "gradient", grad)
-        position = self._bucket.units[piece.unit].parameters[0]
+        position = self.bucket.units[piece.unit].parameters[0]
         ours = piece.unit in self._joined and self._device.type == "cpu"
         if grad is whole and (ours or self._gradients.may_use_up(position)):
             packet, commit = piece.codec.prepare(grad, state)
@@ -220,7 +231,7 @@ class BucketWork(Work):
         return packet
 
     def _encode_product(self, piece: Piece, whole: Tensor, grad: Tensor) -> Packet:
-        position, more = self._bucket.units[piece.unit].parameters[0], piece.unit in self._joined  # what waited with it
+        position, more = self.bucket.units[piece.unit].parameters[0], piece.unit in self._joined  # what waited with it
         product = None if more else self._gradients.product(position, whole, piece.start, piece.stop)
         packet = piece.codec.encode(grad) if product is None else piece.codec.encode_product(grad, product)
         self._note(piece, piece.codec.stats(packet))
@@ -253,7 +264,7 @@ class BucketWork(Work):
     def _count_present(self) -> Rounds[set[int]]:
         """The parameters that any rank has a gradient for: how many ranks do is one more sum."""
         ranks = yield torch.tensor(self._present, dtype=torch.float32, device=self._device)
-        return {p for p, count in zip(self._bucket.parameters, ranks.tolist(), strict=True) if count}
+        return {p for p, count in zip(self.bucket.parameters, ranks.tolist(), strict=True) if count}
 
     def _note(self, piece: Piece, row: dict[str, float]) -> None:
         self._record.parameters[self._name(piece)] = row
@@ -271,7 +282,7 @@ class BucketWork(Work):
 
     def _keep_in_step(self, piece: Piece, present: set[int]) -> None:
         """A rank without a gradient goes on to the next step with those that have one."""
-        position = self._bucket.units[piece.unit].parameters[0]
+        position = self.bucket.units[piece.unit].parameters[0]
         if not piece.codec.in_step or position not in present:
             return
         if self._gradients.get(position) is None:
@@ -315,7 +326,7 @@ class BucketWork(Work):
         part = out[piece.start : piece.stop]
         kernels.clear(part)
         # The unit's: a schedule's packets are decoded by the compressor of its stage.
-        stateless = self._bucket.units[piece.unit].codec.stateless
+        stateless = self.bucket.units[piece.unit].codec.stateless
         for packet in packets:
             if packet is not None:
                 piece.codec.decompress_add(packet, part, self._scale)
@@ -331,7 +342,7 @@ class BucketWork(Work):
 
     def _gradient(self, index: int) -> Tensor | None:
         """A unit's gradient and what waits to go with it, contiguous and unit-shaped; None if it has no gradient."""
-        unit = self._bucket.units[index]
+        unit = self.bucket.units[index]
         if index not in self._joined:
             waiting = [self._store.waiting(self._table[p].name) for p in unit.parameters]
             scale = self._loss_scale()
@@ -360,7 +371,7 @@ class BucketWork(Work):
     def _out(self, index: int, present: set[int]) -> Tensor | None:
         """Where a unit's sum is built, flat float32: where the gradient lies if it can be."""
         if index not in self._outs:
-            unit = self._bucket.units[index]
+            unit = self.bucket.units[index]
             if present.isdisjoint(unit.parameters):
                 return None
             grad = self._gradients.get(unit.parameters[0]) if len(unit.parameters) == 1 else None
@@ -371,7 +382,7 @@ class BucketWork(Work):
         return self._outs[index]
 
     def _put_back(self, index: int, out: Tensor, present: set[int]) -> None:
-        unit = self._bucket.units[index]
+        unit = self.bucket.units[index]
         parts = torch.split(out, [self._table[p].numel for p in unit.parameters])
         for position, part in zip(unit.parameters, parts, strict=True):
             if position not in present:
@@ -384,22 +395,9 @@ class BucketWork(Work):
         del self._outs[index]
 
     def _name(self, piece: Piece) -> str:
-        return self._table[self._bucket.units[piece.unit].parameters[0]].name
+        return self._table[self.bucket.units[piece.unit].parameters[0]].name
 
 
 def _on_any_rank(messages: Sequence[Message]) -> tuple[bool, ...]:
     """For each of the bucket's parameters, whether any sender had a gradient."""
     return tuple(any(flags) for flags in zip(*(message.present for message in messages), strict=True))
-
-
-def check_gradient(name: str, grad: Tensor | None) -> None:
-    """Raise GradientError for a gradient that cannot be exchanged: sparse, or of a strange type."""
-    if grad is None:
-        return
-    if grad.layout != torch.strided:
-        raise GradientError(
-            f"parameter {name!r} has a {grad.layout} gradient; only dense (strided) gradients can "
-            "be exchanged: use sparse=False in the embedding"
-        )
-    if grad.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise GradientError(f"parameter {name!r} has a {grad.dtype} gradient")

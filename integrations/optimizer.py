@@ -16,6 +16,7 @@ from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
 from gradcomp.hooks import running
 from gradcomp.integrations.closures import check_line_search, refuse_closure, share_loss
+from gradcomp.integrations.forward import ForwardOverlap, check_forward
 from gradcomp.interfaces import Compressor, Exchange, Transport
 from gradcomp.products import Products
 from gradcomp.registry import Spec
@@ -33,6 +34,7 @@ def attach(
     model: nn.Module | None = None,
     reduction: str = "mean",
     when: str = "backward",
+    overlap: str = "backward",
     bucket_bytes: int = 25 << 20,
     digest_every: int = 100,
     dense: Callable[[str, Tensor], bool] | None = None,
@@ -59,6 +61,11 @@ def attach(
         when: ``"backward"``: the exchange starts as gradients become ready and is over when ``backward()`` returns, so
             clipping, schedulers and logging see what they would see with DistributedDataParallel; ``"step"``: it
             runs before each ``optimizer.step()``, which then takes no closure.
+        overlap: ``"backward"``: as ``when`` says; ``"forward"``: gradients of the layers that forward needs first go
+            first, ``backward()`` and ``optimizer.step()`` return at once, and each module of the next forward pass
+            waits for its own parameters. The results are the same bits. It needs ``model`` and an optimizer of
+            ``torch.optim``; between ``backward()`` and ``optimizer.step()`` gradients must be left alone, and
+            whoever reads parameters by themselves calls ``sync.wait()`` first. Best with small buckets.
         bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32. Smaller ones start
             earlier, larger ones cost fewer messages.
         digest_every: every so many steps all replicas are compared bit for bit; 0 never.
@@ -95,10 +102,13 @@ def attach(
         )
     named = _named(optimizer, model)
     kind = registry.exchange(exchange)
+    carrier = kind.transport(transport)
+    if overlap == "forward":
+        check_forward(optimizer, model, when=when, scaled=scaler is not None, levels=carrier.levels is not None)
     sync = GradientExchange(
         named,
         compressor=choose(compressor),
-        transport=kind.transport(transport),
+        transport=carrier,
         exchange=kind,
         buffers=others,
         synced=[] if model is None else list(model.buffers()),
@@ -106,6 +116,7 @@ def attach(
         later=[p for _, p in named] if model is None else [p for p in others if isinstance(p, nn.Parameter)],
         reduction=reduction,
         when=when,
+        overlap=overlap,
         bucket_bytes=bucket_bytes,
         digest_every=digest_every,
         dense=dense,
@@ -122,6 +133,8 @@ def attach(
 
     if when == "step":
         sync.add_handle(optimizer.register_step_pre_hook(before_step))
+    elif overlap == "forward" and model is not None:
+        sync.add_handle(ForwardOverlap(sync, optimizer, model, _WatchSteps(sync, scaler)))
     else:
         sync.add_handle(optimizer.register_step_pre_hook(_WatchSteps(sync, scaler)))
     sync.add_handle(_FollowGroups(optimizer, lambda: sync.set_parameters(_named(optimizer, model))))

@@ -55,6 +55,7 @@ class RunOptions:
         settings: ``key=value`` texts for that function.
         compressor, transport, exchange: spec strings; compressor may be ``@FILE``, rules in JSON (gradcomp.rules);
             transport may be None: zmq, or what the exchange brings.
+        overlap: what hides the exchange: ``backward``, or ``forward`` (:func:`gradcomp.attach`).
         epochs, batch_size: in place of the task's own; batch_size counts one worker's samples a step.
         seed: of the initial weights, the order of the samples, and (with the rank) of dropout and augmentation.
         device: ``cpu``, ``cuda`` (one GPU a worker, by local rank) or ``auto`` (cuda where there is one).
@@ -70,6 +71,7 @@ class RunOptions:
     compressor: str = "threshold"
     transport: str | None = None
     exchange: str = "auto"
+    overlap: str = "backward"
     epochs: int | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -90,6 +92,7 @@ class RunOptions:
                 check_integer("train", field, getattr(self, field), at_least=1)
         check_integer("train", "seed", self.seed, at_least=0, at_most=2**31 - 1)
         check_choice("train", "device", self.device, ("cpu", "cuda", "auto"))
+        check_choice("train", "overlap", self.overlap, ("backward", "forward"))
         check_flag("train", "json", self.json)
         check_flag("train", "quiet", self.quiet)
 
@@ -115,6 +118,7 @@ class RunOptions:
             "compressor",
             "transport",
             "exchange",
+            "overlap",
             "epochs",
             "batch_size",
             "seed",
@@ -198,6 +202,7 @@ def _train(options: RunOptions, stack: contextlib.ExitStack) -> Summary:
         compressor=options.compressor,
         transport=options.transport,
         exchange=options.exchange,
+        overlap=options.overlap,
         model=task.model,
     )
     stack.enter_context(sync)
@@ -236,6 +241,7 @@ class _Run:
         for epoch in range(1, task.epochs + 1):
             loss, accuracy = self._epoch(epoch, reporter)
             reporter.epoch(epoch=epoch, epochs=task.epochs, loss=loss, accuracy=accuracy, train_s=self.train_s)
+        self.sync.wait()
         stats = self.sync.stats()
         return Summary(
             rank=self.sync.rank,

@@ -114,6 +114,7 @@ def test_workers_are_told_what_train_was_told(
 ) -> None:
     given = ["--set", "lr=1e-3", "--compressor=topk:ratio=0.01", "--transport=zmq:rate=1gbit", "--exchange=two_shot"]
     given += ["--epochs=3", "--batch-size=8", "--seed=7", "--log=run.jsonl", "--json", "--quiet", "--label=a b"]
+    given += ["--overlap=forward"]
     assert cli.main(["train", task_file, *given, "--workers=3"]) == 0
     [(arguments, workers)] = launched
     assert workers == 3
@@ -127,6 +128,7 @@ def test_workers_are_told_what_train_was_told(
             compressor="topk:ratio=0.01",
             transport="zmq:rate=1gbit",
             exchange="two_shot",
+            overlap="forward",
             epochs=3,
             batch_size=8,
             seed=7,

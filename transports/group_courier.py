@@ -7,6 +7,7 @@ limit; what may take how long is the business of those who wait at the mailbox.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
@@ -48,6 +49,11 @@ class Letter(NamedTuple):
     slot: Slot
     message: Outgoing
 
+    @property
+    def urgency(self) -> tuple[int, ...]:
+        """What sorts letters where urgent ones go first: a hello before all data, a goodbye after it."""
+        return self.slot.urgency if self.kind == DATA else (-1,) if self.kind == HELLO else (2,)
+
 
 class Link:
     """One peer: its two threads and what is known of it.
@@ -59,7 +65,14 @@ class Link:
     """
 
     def __init__(
-        self, rank: int, peer: int, group: dist.ProcessGroup, mailbox: Mailbox, max_message_bytes: int
+        self,
+        rank: int,
+        peer: int,
+        group: dist.ProcessGroup,
+        mailbox: Mailbox,
+        max_message_bytes: int,
+        *,
+        first_needed_first: bool,
     ) -> None:
         self.peer = peer
         self.hello: bytes | None = None
@@ -70,7 +83,9 @@ class Link:
         self._group = group
         self._mailbox = mailbox
         self._max_message_bytes = max_message_bytes
-        self._outbox: queue.SimpleQueue[Letter] = queue.SimpleQueue()
+        self._first_needed_first = first_needed_first
+        self._posted = itertools.count()
+        self._outbox: queue.PriorityQueue[tuple[tuple[int, ...], int, Letter]] = queue.PriorityQueue()
         name = f"gradcomp-group-{rank}-{peer}"
         self._sender = threading.Thread(target=self._send_all, name=f"{name}-send", daemon=True)
         self._receiver = threading.Thread(target=self._receive_all, name=f"{name}-receive", daemon=True)
@@ -84,7 +99,7 @@ class Link:
 
     def post(self, letter: Letter) -> None:
         """Leave a letter; returns at once."""
-        self._outbox.put(letter)
+        self._outbox.put((letter.urgency if self._first_needed_first else (), next(self._posted), letter))
 
     def join(self, timeout_s: float) -> None:
         """Wait for both threads, each so long at most."""
@@ -99,7 +114,7 @@ class Link:
 
     def _send_all(self) -> None:
         try:
-            while self._send(self._outbox.get()):
+            while self._send(self._outbox.get()[-1]):
                 pass
         except Exception as error:
             self._lose(f"is gone: {_reason(error)}")
@@ -188,13 +203,24 @@ class Courier:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, rank: int, size: int, mailbox: Mailbox, max_message_bytes: int
+        self,
+        group: dist.ProcessGroup,
+        rank: int,
+        size: int,
+        mailbox: Mailbox,
+        max_message_bytes: int,
+        *,
+        first_needed_first: bool = False,
     ) -> None:
         self._rank = rank
         self._pid = os.getpid()
         self._mailbox = mailbox
         self.finished = 0
-        self.links = {peer: Link(rank, peer, group, mailbox, max_message_bytes) for peer in range(size) if peer != rank}
+        self.links = {
+            peer: Link(rank, peer, group, mailbox, max_message_bytes, first_needed_first=first_needed_first)
+            for peer in range(size)
+            if peer != rank
+        }
 
     @property
     def bytes_sent(self) -> int:

@@ -183,7 +183,14 @@ class TorchTransport(Transport):
         deadline = time.monotonic() + self.timeout_s
         try:
             self._groups = self._source.make(self.backend or self._source.backend, self.timeout_s)
-            courier = Courier(self._groups.messages, self.rank, self.world_size, self._mailbox, max_message_bytes)
+            courier = Courier(
+                self._groups.messages,
+                self.rank,
+                self.world_size,
+                self._mailbox,
+                max_message_bytes,
+                first_needed_first=self.first_needed_first,
+            )
             self._courier = courier
             # Also at exit: the peers learn that this rank leaves, and what it sent gets out.
             self._finalizer = weakref.finalize(self, courier.close, _PATIENCE_S)

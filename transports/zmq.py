@@ -199,6 +199,7 @@ class ZmqTransport(Transport):
                     self._mailbox,
                     silence_s=self.silence_s,
                     buffer_bytes=self.buffer_bytes,
+                    first_needed_first=self.first_needed_first,
                 )
                 for theirs in others.values()
             ]

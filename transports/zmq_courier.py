@@ -163,7 +163,7 @@ class Courier:
         for peer, letter in posted:
             link = self.links[peer]
             if not (link.gone or link.left or link.cut_off):
-                link.outbox.append(letter)
+                link.post(letter)
         if say_bye:
             self._said_bye = True
             for link in self.links.values():

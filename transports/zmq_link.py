@@ -10,7 +10,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from gradcomp.interfaces import Slot
 from gradcomp.transports.chunks import Outgoing
-from gradcomp.transports.frames import HEADER_BYTES, MAX_CHUNK_BYTES, Header, pack_header
+from gradcomp.transports.frames import DATA, HEADER_BYTES, MAX_CHUNK_BYTES, Header, pack_header
 from gradcomp.transports.inbound import Inbound, Session
 from gradcomp.transports.mailbox import Mailbox
 from gradcomp.transports.rendezvous import Record
@@ -22,6 +22,8 @@ NO_SLOT = Slot(0, 0, 0)
 # Chunks that wait inside ZeroMQ for one peer. Enough to keep the link busy while this process does something else.
 _SEND_CHUNKS = 16
 _RECEIVE_CHUNKS = 64
+# What waits there can be overtaken no more.
+_SEND_CHUNKS_IF_OVERTAKEN = 2
 _HEARTBEAT_MS = 1000
 _HANDSHAKE_MS = 3000
 
@@ -77,6 +79,7 @@ class Link:
         *,
         silence_s: float,
         buffer_bytes: int,
+        first_needed_first: bool = False,
     ) -> None:
         self.peer = theirs.rank
         self.identity = theirs.identity
@@ -86,6 +89,7 @@ class Link:
         self.blocked = False
         self.hello: bytes | None = None
         self.left = self.cut_off = self.farewell_seen = self.gone = False
+        self._first_needed_first = first_needed_first
         self._session = session
         self._incarnation = mine.incarnation
         self._sequence = 0
@@ -99,11 +103,22 @@ class Link:
         self.dealer.heartbeat_ivl = _HEARTBEAT_MS
         self.dealer.heartbeat_timeout = int(silence_s * 1000)
         self.dealer.heartbeat_ttl = int(silence_s * 2000)
+        if first_needed_first:
+            self.dealer.sndhwm = _SEND_CHUNKS_IF_OVERTAKEN
         if buffer_bytes:
             self.dealer.sndbuf = buffer_bytes
         self.dealer.ipv6 = "[" in theirs.endpoint
         self.monitor = self.dealer.get_monitor_socket(_GONE)
         self.dealer.connect(theirs.endpoint)
+
+    def post(self, letter: Letter) -> None:
+        """Queue a letter; with ``first_needed_first`` before those that are less urgent and have not begun."""
+        at = len(self.outbox)
+        if self._first_needed_first and letter.kind == DATA:
+            begun = 1 if self._chunk else 0  # chunks of two messages must not interleave
+            while at > begun and _overtakes(letter, self.outbox[at - 1]):
+                at -= 1
+        self.outbox.insert(at, letter)
 
     def send_chunk(self) -> int:
         """Hand the next chunk to ZeroMQ. Returns its bytes with the header; 0 if ZeroMQ takes nothing for now."""
@@ -159,3 +174,8 @@ class Link:
             self.dealer.disable_monitor()
             self.monitor.close(0)
             self.dealer.close(0)
+
+
+def _overtakes(letter: Letter, other: Letter) -> bool:
+    """Nothing overtakes a hello or a goodbye."""
+    return other.kind == DATA and letter.slot.urgency < other.slot.urgency

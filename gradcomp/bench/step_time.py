@@ -5,7 +5,9 @@ Run it on every rank, with rank and world size in the environment as torchrun se
     torchrun --nproc-per-node 4 -m gradcomp.bench.step_time --model dense --compressor threshold:density=0.001
 
 One run alternates, step by step: compute only (no exchange), compressed, and with ``--beside-ddp`` plain
-DistributedDataParallel over Gloo; a ratio counts only between steps of the same minute. Rank 0 prints medians.
+DistributedDataParallel over Gloo; a ratio counts only between steps of the same minute. Rank 0 prints medians. With
+``--overlap forward`` a step goes on during the next one, so several of a kind are timed in a row, and what is still in
+flight at their end is waited for.
 """
 
 from __future__ import annotations
@@ -71,14 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compressor", default="threshold:density=0.001")
     parser.add_argument("--transport", help="default: zmq, or what the exchange brings")
     parser.add_argument("--exchange", default="auto")
+    parser.add_argument("--overlap", choices=("backward", "forward"), default="backward")
+    parser.add_argument("--in-a-row", type=int, metavar="N", help="steps of a kind; default: 1, with forward 5")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="MiB of gradients a bucket; default: 25")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each kind")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, or rows of steps, of each kind")
     parser.add_argument("--warm-up", type=int, default=4, help="steps of each kind before those")
     parser.add_argument("--threads", type=int, default=1, help="torch threads a rank")
     parser.add_argument("--beside-ddp", action="store_true", help="time DistributedDataParallel over Gloo as well")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
+    in_a_row = options.in_a_row or (5 if options.overlap == "forward" else 1)
     torch.set_num_threads(options.threads)
     logging.getLogger("gradcomp").setLevel(logging.ERROR)  # steps without an exchange are meant here
     torch.manual_seed(0)
@@ -91,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compressor=options.compressor,
         transport=options.transport,
         exchange=options.exchange,
+        overlap=options.overlap,
         bucket_bytes=int(options.bucket_mb * 2**20),
         digest_every=0,
     ) as sync:
@@ -109,9 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for kind, run in kinds.items():
                 sync.average(torch.zeros(1))  # all ranks start the step together
                 start = time.perf_counter()
-                run()
+                for _ in range(in_a_row):
+                    run()
+                sync.wait()
                 if round_number >= options.warm_up:
-                    times[kind].append(time.perf_counter() - start)
+                    times[kind].append((time.perf_counter() - start) / in_a_row)
             if round_number >= options.warm_up:
                 stats = sync.stats() if sync.rank == 0 else {}
                 stages.append({key: stats[key] for key in _STAGES if key in stats})
@@ -148,6 +156,7 @@ def _report(
         "compressor": options.compressor,
         "transport": options.transport,
         "exchange": options.exchange,
+        "overlap": options.overlap,
         "ratio": stats["ratio"],
         "bytes": {key: value for key, value in stats.items() if key.startswith("bytes_")},
         "step_ms": {kind: round(value, 2) for kind, value in medians.items()},

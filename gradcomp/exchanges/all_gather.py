@@ -21,6 +21,7 @@ class AllGather(Exchange):
     """
 
     id: ClassVar[str] = "all_gather"
+    foreseeable: ClassVar[bool] = True
 
     def cut(self, units: Sequence[Unit], world_size: int) -> list[Piece]:
         """Whole units, owned by nobody."""

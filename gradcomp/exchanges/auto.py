@@ -35,6 +35,7 @@ class Auto(Exchange):
     """
 
     id: ClassVar[str] = "auto"
+    foreseeable: ClassVar[bool] = True
     trip_bytes: int = 262_144
     native_sums: bool | None = None
 

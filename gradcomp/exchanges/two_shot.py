@@ -26,6 +26,7 @@ class TwoShot(Exchange):
     """
 
     id: ClassVar[str] = "two_shot"
+    foreseeable: ClassVar[bool] = True
 
     def cut(self, units: Sequence[Unit], world_size: int) -> list[Piece]:
         """Runs of rows, so that each rank owns about as many elements; small units stay whole."""
