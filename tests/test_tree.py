@@ -243,11 +243,12 @@ def test_bytes_at_a_node_do_not_grow_with_the_number_of_ranks() -> None:
         options = {"compressor": "none", "exchange": "tree", "digest_every": 0}
         with attach(None, torch.optim.SGD([weight], lr=1.0), transport, **options) as sync:
             sent, received = transport.bytes_sent, transport.bytes_received
+            sync.average(torch.zeros(1))  # or a child's packet might be counted as from before
             (weight * torch.ones(SHAPE)).sum().backward()
             return transport.bytes_sent - sent, sync.stats()["bytes_received"] - received
 
     packet = 4 * 160 * 64
     for rank, (sent, received) in enumerate(run_ranks(7, rank_main)):
         packets = 2 if rank == 0 else 3 if rank < 3 else 1
-        assert packets * packet < sent < packets * (packet + 1000)
-        assert packets * packet < received < packets * (packet + 1000)
+        assert packets * packet < sent < packets * packet + 3000
+        assert packets * packet < received < packets * packet + 3000
