@@ -5,7 +5,8 @@ compressed changes of the parameters. Every shard is a process of its own and kn
 
     modes.py       when a pushed gradient is applied, and who may go on: sync, async, ssp, softsync
     table.py       which piece of which parameter lives on which shard
-    protocol.py    requests and replies, checked as they come in
+    messages.py    requests, replies and events
+    protocol.py    the same as bytes, checked as they come in
     optimizers.py  the torch.optim classes a server runs, by name
     roster.py      workers: incarnations, sequence numbers, leases, clocks
     shard.py       parameters, optimizer, published values and the changes between them
