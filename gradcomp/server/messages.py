@@ -8,7 +8,8 @@ Push -> Acked, and Changed where ``pull``    Pull  -> Changed | Wait, then Chang
 Add  -> Total | Wait, then Total             Beat  -> Alive         Leave -> Left
 Look -> Status                               any   -> Refused | Unknown
 
-A journal holds what was done, in order, in the same form: requests (Setup, Join, Push, Leave) and the server's own events.
+A journal holds what was done, in order, in the same form: requests (Setup, Join, Push, Leave) and the server's own
+events.
 """
 
 from __future__ import annotations
@@ -113,9 +114,10 @@ class Push(Request):
 
     Attributes:
         sequence: of pushes of this incarnation, from 1; one that was applied is never applied again.
-        clock: steps this worker has taken in the run, this one included; the round it is meant for in mode ``sync``.
+        clock: steps this worker has taken in the run, this one included; the round it is meant for in mode ``sync``,
+            where rounds count from 1.
         version: number of updates in the parameters it was computed from.
-        options: what each parameter group's options are now (lr, momentum, ...), numbers only.
+        options: what each parameter group's options are now, numbers only (gradcomp.server.optimizers.numbers).
         pull: whether the answer should bring what changed.
         have: number of the published changes that the worker has.
     """
@@ -257,7 +259,7 @@ class Acked(Reply):
 @dataclass(frozen=True, kw_only=True)
 class Changed(Reply):
     """What changed. Body: if ``full``, all published values, float32; else one gradcomp.message.Message a change, each
-    with its length before it (eight bytes, little-endian).
+    with its length before it (eight bytes, little-endian). gradcomp.server.changes reads and adds them.
 
     Attributes:
         have: published number this starts from, 0 if ``full``.

@@ -1,4 +1,4 @@
-"""Messages as bytes: how they are written, and how they are checked as they come in. docs/FORMAT.md is the specification.
+"""Messages as bytes: how they are written, and how they are checked as they come in; see docs/FORMAT.md.
 
 A message is four bytes (the length of its head, little-endian), the head, a msgpack list that begins with the number of
 the kind, and a body of raw bytes. Everything is checked: number and type of fields, ranges, lengths.
@@ -10,6 +10,7 @@ import dataclasses
 import math
 import struct
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -79,6 +80,7 @@ __all__ = [
     "Welcome",
     "pack",
     "unpack",
+    "whole",
 ]
 
 PROTOCOL_VERSION = 1
@@ -106,6 +108,13 @@ def pack(message: Message) -> list[Buffer]:
     body = message.body
     parts: list[Buffer] = [body] if isinstance(body, (bytes, bytearray, memoryview)) else list(body)
     return [_LENGTH.pack(len(head)) + head, *parts]
+
+
+def whole(body: Sequence[Buffer] | Buffer) -> memoryview:
+    """A body as one run of bytes: as it is where it is one already."""
+    if not isinstance(body, (bytes, bytearray, memoryview)):
+        body = body[0] if len(body) == 1 else bytearray().join(body)
+    return memoryview(body).cast("B")
 
 
 def unpack(data: Buffer) -> Message:
