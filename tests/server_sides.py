@@ -107,7 +107,9 @@ class Side:
             [by_name[row.name][row.start : row.stop] for row in self.table.rows] or [torch.empty(0)]
         ).clone()
         self.rows = changes.rows_of(self.table, self.values)
-        self.states = [row.push.new_state(part.view(row.shape)) for row, part in zip(self.table.rows, self.rows)]
+        self.states = [
+            row.push.new_state(part.view(row.shape)) for row, part in zip(self.table.rows, self.rows, strict=True)
+        ]
         self.number = self.sequence = self.clock = self.version = 0
         self.have = -1
         self.run = 0
@@ -139,7 +141,7 @@ class Side:
         """Gradients by row, compressed with this worker's residuals."""
         packets = tuple(
             None if gradient is None else row.push.compress(gradient.detach().reshape(row.shape), state)
-            for row, gradient, state in zip(self.table.rows, gradients, self.states)
+            for row, gradient, state in zip(self.table.rows, gradients, self.states, strict=True)
         )
         return Packets(packets, tuple(packet is not None for packet in packets)).buffers
 
