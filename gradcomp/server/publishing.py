@@ -22,6 +22,8 @@ from gradcomp.server.table import ShardTable
 
 __all__ = ["Publisher"]
 
+_CHUNK_NUMEL = 1 << 16  # of several tensors at once, in the cache
+
 
 class Publisher:
     """Published values and the latest changes of them, at most as many as weigh as much as the values themselves.
@@ -72,15 +74,21 @@ class Publisher:
         self._keep(sum(len(part) for part in parts), parts)
 
     def _encode(self, i: int, values: Tensor) -> Packet:
+        """What is new of a row. What was left over is in the compressor's residual already.
+
+        Compressors that foresee their next step look at the two apart. Their sum is the true difference each time, so
+        that roundings do not add up.
+        """
         row, state = self._table.rows[i], self._states[i]
         if changes.carries_values(row):
             return row.pull.encode(values)
-        difference = torch.sub(values, self._rows[i], out=self._scratch[: row.numel])
+        difference = self._scratch[: row.numel]
         residual = state.get("residual")
-        if residual is not None:
-            # What is new, and what was left over: a compressor that foresees the next step looks at them apart. The sum
-            # is always the true difference, so that no rounding adds up.
-            difference.sub_(residual)
+        for start in range(0, row.numel, _CHUNK_NUMEL):
+            part = slice(start, start + _CHUNK_NUMEL)
+            torch.sub(values[part], self._rows[i][part], out=difference[part])
+            if residual is not None:
+                difference[part].sub_(residual[part])
         return row.pull.compress(difference.view(row.shape), state)
 
     def _keep(self, nbytes: int, parts: list[Buffer]) -> None:

@@ -60,10 +60,8 @@ class Shard:
         self._gradient = torch.zeros_like(self.values)
         self._tried: Message | None = None
         self._rows = changes.rows_of(table, self._gradient)
-        shapes = [row.shape for row in table.rows]
-        self._gradients = [part.view(shape) for part, shape in zip(self._rows, shapes, strict=True)]
-        parameters = [part.view(shape) for part, shape in zip(changes.rows_of(table, self.values), shapes, strict=True)]
-        self._optimizer = ShardOptimizer(optimizer, parameters, [row.group for row in table.rows])
+        rows = changes.rows_of(table, self.values)
+        self._optimizer = ShardOptimizer(optimizer, rows, [row.group for row in table.rows])
 
     def parse(self, body: memoryview) -> Message:
         """A pushed gradient, checked.
@@ -106,7 +104,7 @@ class Shard:
         finite = alone or kernels.all_finite(self._gradient)
         if finite:
             present = [any(message.present[i] for message, _ in parts) for i in range(len(self._rows))]
-            gradients = [g if here else None for g, here in zip(self._gradients, present, strict=True)]
+            gradients = [g if here else None for g, here in zip(self._rows, present, strict=True)]
             self._optimizer.step(gradients, update.options, update.rate)
             self.version += 1
         self._tried = parts[0][0]
