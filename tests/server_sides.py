@@ -77,16 +77,13 @@ class Side:
     ) -> None:
         self.optimizer = optimizer
         self.name, self.incarnation = name, incarnation
-        tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        groups = {
-            f"p{i}": number
-            for i, number in enumerate(
-                number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]
-            )
+        self.tensors = {
+            f"p{i}": p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])
         }
+        groups = [number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         self.table: ShardTable = cut(
-            [(f"p{i}", p) for i, p in enumerate(tensors)],
-            groups=groups,
+            list(self.tensors.items()),
+            groups=dict(zip(self.tensors, groups, strict=True)),
             push=registry.compressor(push),
             pull=registry.compressor(pull),
             dense=lambda _, tensor: dense and tensor.dim() < 2,
@@ -102,10 +99,7 @@ class Side:
             shard=shard,
             shards=shards,
         )
-        by_name = {f"p{i}": p.detach().reshape(-1) for i, p in enumerate(tensors)}
-        self.values = torch.cat(
-            [by_name[row.name][row.start : row.stop] for row in self.table.rows] or [torch.empty(0)]
-        ).clone()
+        self.values = self.of_parameters()
         self.rows = changes.rows_of(self.table, self.values)
         self.states = [
             row.push.new_state(part.view(row.shape)) for row, part in zip(self.table.rows, self.rows, strict=True)
@@ -113,6 +107,19 @@ class Side:
         self.number = self.sequence = self.clock = self.version = 0
         self.have = -1
         self.run = 0
+
+    def of_parameters(self) -> Tensor:
+        """The parameters' values, row after row."""
+        rows = [self.tensors[row.name].detach().reshape(-1)[row.start : row.stop] for row in self.table.rows]
+        return torch.cat(rows) if rows else torch.empty(0)
+
+    def gradients(self) -> list[Tensor | None]:
+        """The parameters' gradients, by row."""
+        grads = [self.tensors[row.name].grad for row in self.table.rows]
+        return [
+            None if grad is None else grad.reshape(-1)[row.start : row.stop]
+            for row, grad in zip(self.table.rows, grads, strict=True)
+        ]
 
     @property
     def digest(self) -> bytes:

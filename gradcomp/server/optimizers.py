@@ -2,8 +2,8 @@
 
 All of them work element by element, so that a parameter may be cut and its pieces live on several shards. An optimizer
 travels as JSON: ``{"class": "Adam", "groups": [{"lr": 0.001, "betas": [0.9, 0.999], ...}, ...]}``. Numbers may change
-with each push (schedulers); the two of a pair are then named ``betas.0`` and ``betas.1``. ``fused=True`` is kept: it gives
-other bits, and on large shards Adam in a quarter of the time.
+with each push (schedulers); the two of a pair are then named ``betas.0`` and ``betas.1``. ``fused=True`` is kept: it
+gives other bits, and on large shards Adam in a quarter of the time.
 """
 
 from __future__ import annotations
@@ -158,12 +158,11 @@ class ShardOptimizer:
         members: list[list[Tensor]] = [[] for _ in description.groups]
         for chunks, group in zip(self._chunks, groups, strict=True):
             members[group] += chunks
-        named = [
-            {"params": params, **{key: _given(value) for key, value in options.items()}}
-            for params, options in zip(members, description.groups, strict=True)
-        ]
+        given = [{key: _given(value) for key, value in options.items()} for options in description.groups]
+        named = [{"params": params, **options} for params, options in zip(members, given, strict=True)]
         try:
-            self._torch = getattr(torch.optim, description.name)(named)
+            # As usual options, too: torch checks those, and Adagrad begins with what they say, not the groups.
+            self._torch = getattr(torch.optim, description.name)(named, **given[0])
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"optimizer: {description.name} is not to be had with these options: {error}") from None
         self._options: Options = []
