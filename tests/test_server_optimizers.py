@@ -214,6 +214,7 @@ def test_malformed(text: str, words: str) -> None:
         ([{}, {}], "options=2 groups"),
         ([{"lr": -0.1}], r"Adam group 0: lr=-0.1"),
         ([{"lr": math.inf}], "lr=inf"),
+        ([{"lr": 1e300}], r"lr=1e\+300 .* <= 1e\+10"),
         ([{"betas.0": 1.0}], r"betas.0=1.0"),
         ([{"betas.2": 0.5}], r"unknown number 'betas.2'; it has lr"),
         ([{"betas": 0.5}], "unknown number 'betas'"),
@@ -224,6 +225,13 @@ def test_malformed(text: str, words: str) -> None:
 def test_options_of_a_push(options: list[dict[str, float]], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         describe(torch.optim.Adam(named_parameters())).check(options)
+
+
+def test_options_that_are_too_much_together() -> None:
+    row = torch.ones(3)
+    optimizer = torch.optim.NAdam([row], lr=1.0, betas=(math.nextafter(1.0, 0.0), 0.9), momentum_decay=1e10)
+    shard = ShardOptimizer(describe(optimizer), [row], [0])
+    assert not shard.step([torch.ones(3)], numbers(optimizer))
 
 
 def test_what_torch_does_not_take() -> None:

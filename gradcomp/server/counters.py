@@ -65,7 +65,7 @@ class Counters:
 
     Attributes:
         applied, late, nonfinite: pushes; each is counted once.
-        overflowed: gradients that were finite, but not their sum, so that there was no update.
+        overflowed: gradients that were finite, but not their sum, or not the update: there was none.
         duplicates: pushes that came again.
         pushed_bytes, pulled_bytes: bodies of pushes that counted, and of changes that were sent.
         staleness: of gradients that were applied.

@@ -26,8 +26,9 @@ Value = float | bool | list[float]
 Bounds = dict[str, float]
 Allowed = dict[str, str | Bounds | tuple[Bounds, Bounds]]
 _FLAG = "flag"
-_ANY: Bounds = {}
-_NOT_NEGATIVE: Bounds = {"at_least": 0.0}
+_LARGEST = 1e10  # so that what a step computes of it is a float32, but for the strangest options
+_ANY: Bounds = {"at_least": -_LARGEST, "at_most": _LARGEST}
+_NOT_NEGATIVE: Bounds = {"at_least": 0.0, "at_most": _LARGEST}
 _SHARE: Bounds = {"at_least": 0.0, "at_most": 1.0}
 _BETA: Bounds = {"at_least": 0.0, "below": 1.0}
 _BETAS = (_BETA, _BETA)
@@ -54,7 +55,8 @@ OPTIMIZERS: Mapping[str, Allowed] = {
     "Adamax": _ADAM,
     "NAdam": _ADAM | {"momentum_decay": _NOT_NEGATIVE, "decoupled_weight_decay": _FLAG},
     "RAdam": _ADAM | {"decoupled_weight_decay": _FLAG},
-    "Rprop": _EVERY | {"etas": ({"above": 0.0, "below": 1.0}, {"above": 1.0}), "step_sizes": (_ANY, _ANY)},
+    "Rprop": _EVERY
+    | {"etas": ({"above": 0.0, "below": 1.0}, {"above": 1.0, "at_most": _LARGEST}), "step_sizes": (_ANY, _ANY)},
     "ASGD": _USUAL | {"lambd": _ANY, "alpha": _ANY, "t0": _ANY},
 }
 
@@ -167,8 +169,8 @@ class ShardOptimizer:
             raise ConfigError(f"optimizer: {description.name} is not to be had with these options: {error}") from None
         self._options: Options = []
 
-    def step(self, gradients: Sequence[Tensor | None], options: Options, rate: float = 1.0) -> None:
-        """One update.
+    def step(self, gradients: Sequence[Tensor | None], options: Options, rate: float = 1.0) -> bool:
+        """One update; returns whether it could be computed: options that are allowed may still be too extreme together.
 
         Args:
             gradients: of each row, flat; None: none, as in torch.
@@ -190,9 +192,15 @@ class ShardOptimizer:
                 group["lr"] *= rate
         try:
             self._torch.step()
+        except (ArithmeticError, RuntimeError) as error:
+            # Options that are 0 or infinite together. What else may happen here is not the worker's doing.
+            if not isinstance(error, ArithmeticError) and "overflow" not in str(error):
+                raise
+            return False
         finally:
             for group, usual in zip(groups, rates, strict=True):
                 group["lr"] = usual
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors of each row, and the options as they are now."""

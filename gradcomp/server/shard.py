@@ -95,7 +95,7 @@ class Shard:
         return True
 
     def update(self, update: Update) -> bool:
-        """One step; returns whether it was made: not if the sum of several gradients is not finite."""
+        """One step; returns whether it was made: not if the sum of several gradients, or a step's options, overflow."""
         parts = update.parts
         alone = len(parts) == 1 and parts[0][1] == 1.0
         if not (alone and self._tried is parts[0][0]):
@@ -105,8 +105,8 @@ class Shard:
         if finite:
             present = [any(message.present[i] for message, _ in parts) for i in range(len(self._rows))]
             gradients = [g if here else None for g, here in zip(self._rows, present, strict=True)]
-            self._optimizer.step(gradients, update.options, update.rate)
-            self.version += 1
+            finite = self._optimizer.step(gradients, update.options, update.rate)
+            self.version += 1  # some rows may have changed, even so
         self._tried = parts[0][0]
         self._clear()
         return finite
