@@ -53,8 +53,9 @@ def check_number(
     above: float = -math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
+    below: float = math.inf,
 ) -> None:
-    """Raise ConfigError unless ``value`` is a finite number with above < value, at_least <= value <= at_most."""
+    """Raise ConfigError unless ``value`` is a finite number, above < value < below, at_least <= value <= at_most."""
     bounds = []
     if above > -math.inf:
         bounds.append(f"> {above:g}")
@@ -62,10 +63,12 @@ def check_number(
         bounds.append(f">= {at_least:g}")
     if at_most < math.inf:
         bounds.append(f"<= {at_most:g}")
+    if below < math.inf:
+        bounds.append(f"< {below:g}")
     allowed = "a finite number" + ("" if not bounds else " " + " and ".join(bounds))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise _refuse(owner, field, value, allowed)
-    if not (value > above and at_least <= value <= at_most):
+    if not (above < value < below and at_least <= value <= at_most):
         raise _refuse(owner, field, value, allowed)
 
 
