@@ -8,7 +8,8 @@ A spec string is ``id`` or ``id:key=value,key=value``; a value is JSON, or else 
     ('zmq', {'rate': '100mbit', 'insecure': True})
 
 Entry-point groups: ``gradcomp.compressors``, ``gradcomp.transports``, ``gradcomp.exchanges``; the name is the id, the
-object a class derived from the group's ABC in :mod:`gradcomp.interfaces`.
+object a class derived from the group's ABC in :mod:`gradcomp.interfaces`. ``gradcomp.links`` brings what a worker talks
+to a parameter server through (:mod:`gradcomp.server.links`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TypeVar
 from gradcomp.errors import ConfigError
 from gradcomp.interfaces import Compressor, Exchange, Part, Transport
 from gradcomp.options import Configured
+from gradcomp.server.links import Links
 
 __all__ = [
     "available_compressors",
@@ -31,6 +33,7 @@ __all__ = [
     "compressor",
     "exchange",
     "format_spec",
+    "links_class",
     "parse_spec",
     "transport",
     "transport_class",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 T = TypeVar("T", bound=Configured)
+K = TypeVar("K")
 Spec = str | Mapping[str, object]
 
 
@@ -112,7 +116,7 @@ def _available(group: str) -> list[str]:
     return sorted(_found(group))
 
 
-def _load(group: str, kind: type[T], name: str) -> type[T]:
+def _load(group: str, kind: type[K], name: str) -> type[K]:
     point = _found(group).get(name)
     if point is None:
         known = ", ".join(_available(group)) or "none installed"
@@ -181,6 +185,15 @@ def transport_for_part(spec: Spec, part: Part) -> Transport:
 def transport_class(spec: Spec) -> type[Transport]:
     """The class of the transport that a spec names."""
     return _find("transports", Transport, spec)[0]  # type: ignore[type-abstract]
+
+
+def links_class(name: str = "zmq") -> type[Links]:
+    """What connects workers with a parameter server, by name.
+
+    Raises:
+        ConfigError: unknown; the message lists the known ones.
+    """
+    return _load("links", Links, name)  # type: ignore[type-abstract]
 
 
 def exchange(spec: Spec | Exchange) -> Exchange:

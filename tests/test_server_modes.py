@@ -290,7 +290,7 @@ def test_nobody_is_too_far_ahead_of_the_slowest(staleness: int) -> None:
                 # Somebody else is slower; who is the slowest is never kept waiting.
                 assert clocks[name] - min(worker["clock"] for worker in known if worker["live"]) > staleness
 
-    while pushes < 3_000:
+    while pushes < 300:
         turns += 1
         assert turns < 100_000, "everybody waits"
         now += draw.random()

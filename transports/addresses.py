@@ -10,7 +10,15 @@ from gradcomp.errors import ConfigError, HandshakeError, TransportError
 from gradcomp.transports import environment
 from gradcomp.transports.rendezvous import Record
 
-__all__ = ["check_reachable", "endpoint", "listening_address", "parse_ip"]
+__all__ = [
+    "check_exposure",
+    "check_reachable",
+    "endpoint",
+    "join_address",
+    "listening_address",
+    "parse_ip",
+    "split_address",
+]
 
 _MAX_IPC_PATH = 100
 
@@ -24,13 +32,18 @@ def listening_address(address: str | None, master: tuple[str, int], *, insecure:
     host = address
     if host is None:
         host = "127.0.0.1" if environment.all_on_this_host() else _route_to(*master)
-    if not parse_ip(host).is_loopback and not insecure:
+    check_exposure("zmq", host, insecure=insecure)
+    return host
+
+
+def check_exposure(owner: str, host: str, *, insecure: bool) -> None:
+    """Raise ConfigError unless ``host`` is a loopback address, or ``insecure`` allows others."""
+    if not parse_ip(host, owner).is_loopback and not insecure:
         raise ConfigError(
-            f"zmq: would receive on {host}, in the clear and from anybody who reaches it: whoever can connect could "
-            "read and send gradients. Keys come in a later version; in a network where every machine is trusted, "
+            f"{owner}: would receive on {host}, in the clear and from anybody who reaches it: whoever can connect "
+            "could read and send gradients. Keys come in a later version; in a network where every machine is trusted, "
             "allow it with insecure=true"
         )
-    return host
 
 
 def check_reachable(mine: Record, theirs: Record) -> None:
@@ -56,15 +69,33 @@ def check_reachable(mine: Record, theirs: Record) -> None:
         )
 
 
-def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def parse_ip(text: str, owner: str = "zmq") -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """The IP address in ``text``; ConfigError unless it is one that peers can connect to."""
     try:
         found = ipaddress.ip_address(text)
     except ValueError:
-        raise ConfigError(f"zmq: address={text!r} is not allowed; address must be an IP address") from None
+        raise ConfigError(f"{owner}: address={text!r} is not allowed; address must be an IP address") from None
     if found.is_unspecified:
-        raise ConfigError(f"zmq: address={text!r} is not allowed; address must be one that peers can connect to")
+        raise ConfigError(f"{owner}: address={text!r} is not allowed; address must be one that peers can connect to")
     return found
+
+
+def split_address(owner: str, text: str) -> tuple[str, int]:
+    """Host and port of ``"host:port"`` or ``"[IPv6]:port"``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    host, _, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not bare or (":" in bare) != (bare != host) or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{owner}: address={text!r} is not allowed; it must be HOST:PORT, such as 127.0.0.1:29600")
+    return bare, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """What :func:`split_address` splits."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _route_to(host: str, port: int) -> str:

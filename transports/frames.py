@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import xxhash
@@ -11,6 +12,8 @@ from gradcomp.errors import PacketError
 from gradcomp.interfaces import Buffer
 
 __all__ = [
+    "ANSWER",
+    "ASK",
     "BYE",
     "BYE_SEEN",
     "DATA",
@@ -19,6 +22,7 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "Header",
     "digest_payload",
+    "other_version",
     "pack_header",
     "unpack_header",
     "verify",
@@ -26,7 +30,9 @@ __all__ = [
 
 MAGIC = b"GCMP"
 VERSION = 1
-HELLO, DATA, BYE, BYE_SEEN = 1, 2, 3, 4
+HELLO, DATA, BYE, BYE_SEEN = 1, 2, 3, 4  # between ranks
+ASK, ANSWER = 5, 6  # between workers and a parameter server
+_BETWEEN_RANKS = (HELLO, DATA, BYE, BYE_SEEN)
 
 HEADER_BYTES = 64
 MAX_CHUNK_BYTES = 1 << 20
@@ -40,7 +46,7 @@ class Header(NamedTuple):
     """What a chunk says about itself.
 
     Attributes:
-        kind: HELLO, DATA, BYE or BYE_SEEN.
+        kind: HELLO, DATA, BYE or BYE_SEEN; ASK or ANSWER.
         run: which run this is, the same on every rank.
         epoch: how many connections of this run came before.
         incarnation: drawn at random by the sender when it connects.
@@ -78,8 +84,16 @@ def pack_header(header: Header, payload_digest: int) -> bytes:
     return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields, payload_digest))
 
 
-def unpack_header(data: Buffer) -> Header:
+def other_version(data: Buffer) -> int | None:
+    """The version of a frame that another version of this format wrote; None if it is none, or this one's."""
+    return data[4] if len(data) > 4 and bytes(data[:4]) == MAGIC and data[4] != VERSION else None
+
+
+def unpack_header(data: Buffer, kinds: Sequence[int] = _BETWEEN_RANKS) -> Header:
     """The header in ``data``, checked as far as it can be by itself. :func:`verify` checks the checksum.
+
+    Args:
+        kinds: those that may come here.
 
     Raises:
         PacketError: not 64 bytes, another magic, version or kind, or lengths that contradict each other.
@@ -93,13 +107,13 @@ def unpack_header(data: Buffer) -> Header:
         raise PacketError(f"frame magic {magic!r} is not {MAGIC!r}")
     if version != VERSION:
         raise PacketError(f"frame version {version}; this is version {VERSION}")
-    if not HELLO <= kind <= BYE_SEEN:
+    if kind not in kinds:
         raise PacketError(f"unknown frame kind {kind}")
     if reserved:
         raise PacketError(f"reserved byte is {reserved}, not 0")
     if length > min(MAX_CHUNK_BYTES, total):
         raise PacketError(f"chunk of {length} bytes; the message has {total}, a chunk at most {MAX_CHUNK_BYTES}")
-    if kind != DATA:
+    if kind in (HELLO, BYE, BYE_SEEN):
         if step or bucket or stage or chunk or length != total:
             raise PacketError("control frame with a slot, or cut into chunks")
         if kind != HELLO and total:

@@ -1,7 +1,8 @@
 """Messages as bytes: how they are written, and how they are checked as they come in; see docs/FORMAT.md.
 
 A message is four bytes (the length of its head, little-endian), the head, a msgpack list that begins with the number of
-the kind, and a body of raw bytes. Everything is checked: number and type of fields, ranges, lengths.
+the kind, zeros up to a multiple of 8, and a body of raw bytes. Everything is checked: number and type of fields,
+ranges, lengths.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ _MAX_TEXT_BYTES = 1 << 17
 _MAX_FIELDS = 64
 _MAX_LIST = 1 << 12
 _LENGTH = struct.Struct("<I")
+_ALIGN = 8
 
 
 def _subclasses(kind: type[Message]) -> list[type[Message]]:
@@ -107,7 +109,12 @@ def pack(message: Message) -> list[Buffer]:
     head = msgpack.packb([message.code, *(getattr(message, name) for name in _TYPES[type(message)])])
     body = message.body
     parts: list[Buffer] = [body] if isinstance(body, (bytes, bytearray, memoryview)) else list(body)
-    return [_LENGTH.pack(len(head)) + head, *parts]
+    return [_LENGTH.pack(len(head)) + head + bytes(_padding(len(head))), *parts]
+
+
+def _padding(head_nbytes: int) -> int:
+    """Bytes between head and body, so that what the body holds lies at multiples of its size."""
+    return -(_LENGTH.size + head_nbytes) % _ALIGN
 
 
 def whole(body: Sequence[Buffer] | Buffer) -> memoryview:
@@ -127,9 +134,13 @@ def unpack(data: Buffer) -> Message:
     if len(view) < _LENGTH.size:
         raise PacketError(f"message of {len(view)} bytes has no head")
     (nbytes,) = _LENGTH.unpack_from(view)
-    if nbytes > min(_MAX_HEAD_BYTES, len(view) - _LENGTH.size):
+    head_ends = _LENGTH.size + nbytes
+    body_begins = head_ends + _padding(nbytes)
+    if nbytes > _MAX_HEAD_BYTES or body_begins > len(view):
         raise PacketError(f"head of {nbytes} bytes in a message of {len(view)}")
-    head = view[_LENGTH.size : _LENGTH.size + nbytes]
+    if any(view[head_ends:body_begins]):
+        raise PacketError("message has bytes set in its padding")
+    head = view[_LENGTH.size : head_ends]
     try:
         found = msgpack.unpackb(
             head,
@@ -152,7 +163,7 @@ def unpack(data: Buffer) -> Message:
     for name, value in fields.items():
         if not _fits(value, types[name]):
             raise PacketError(f"{kind.__name__}.{name} is {str(value)[:100]!r}; it must be {_NAMES[types[name]]}")
-    return kind(**fields, body=view[_LENGTH.size + nbytes :])
+    return kind(**fields, body=view[body_begins:])
 
 
 _NAMES: dict[Any, str] = {

@@ -22,8 +22,6 @@ from gradcomp.server.table import ShardTable
 
 __all__ = ["Publisher"]
 
-_CHUNK_NUMEL = 1 << 16  # of several tensors at once, in the cache
-
 
 class Publisher:
     """Published values and the latest changes of them, at most as many as weigh as much as the values themselves.
@@ -82,13 +80,9 @@ class Publisher:
         row, state = self._table.rows[i], self._states[i]
         if changes.carries_values(row):
             return row.pull.encode(values)
-        difference = self._scratch[: row.numel]
-        residual = state.get("residual")
-        for start in range(0, row.numel, _CHUNK_NUMEL):
-            part = slice(start, start + _CHUNK_NUMEL)
-            torch.sub(values[part], self._rows[i][part], out=difference[part])
-            if residual is not None:
-                difference[part].sub_(residual[part])
+        difference = torch.sub(values, self._rows[i], out=self._scratch[: row.numel])
+        if "residual" in state:
+            difference.sub_(state["residual"])
         return row.pull.compress(difference.view(row.shape), state)
 
     def _keep(self, nbytes: int, parts: list[Buffer]) -> None:

@@ -92,6 +92,17 @@ class Roster:
         """All that are remembered."""
         return self._workers
 
+    @property
+    def done(self) -> bool:
+        """Whether as many as are expected came, and all are gone: they left, or some did and the lease of the others
+        ran out."""
+        return self.begun and not self._live and any(worker.left_at >= 0 for worker in self._workers.values())
+
+    def renew(self, now: float) -> None:
+        """All leases begin now."""
+        for worker in self._live:
+            worker.seen = now
+
     def find(self, request: Request) -> Worker | None:
         """The live worker that ``request`` is from; None if it is not known, or another incarnation is."""
         worker = self._workers.get(request.worker)

@@ -181,6 +181,7 @@ class Run:
             "sums": self.totals.turn,
             "live": len(self.roster.live),
             "workers": workers,
+            "done": self.roster.done,
             **self.counters.summary(),
         }
 

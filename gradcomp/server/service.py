@@ -94,6 +94,11 @@ class Service:
         """Number of published changes so far."""
         return 0 if self._run is None else self._run.shard.published.number
 
+    def renew(self, now: float) -> None:
+        """All leases begin now: after a recovery that took long."""
+        if self._run is not None:
+            self._run.roster.renew(now)
+
     def handle(self, request: Request, sender: bytes, now: float) -> Replies:
         """Do what is asked for.
 
