@@ -33,7 +33,7 @@ class Objective:
         passes: over the data so far: 1 for a gradient or a product (forward and backward), 1/3 for a loss (forward).
     """
 
-    def __init__(self, sync: gradcomp.GradientExchange, model: nn.Module, images: Tensor, digits: Tensor) -> None:
+    def __init__(self, sync: gradcomp.Session, model: nn.Module, images: Tensor, digits: Tensor) -> None:
         self.sync, self.model, self.parameters = sync, model, list(model.parameters())
         self.images, self.digits = images[sync.rank :: sync.world_size], digits[sync.rank :: sync.world_size]
         self.samples = len(images)
@@ -168,7 +168,6 @@ def main() -> None:
             print(json.dumps(progress | {"accuracy": accuracy, "passes": round(objective.passes, 1)}), flush=True)
 
     train(objective, parameters_to_vector(model.parameters()).detach(), options.steps, options.iterations, report)
-    sync.check_replicas()
     sync.close()
 
 

@@ -44,9 +44,7 @@ class Objective:
         done: portions that this rank did.
     """
 
-    def __init__(
-        self, sync: gradcomp.GradientExchange, model: nn.Module, images: Tensor, digits: Tensor, rest_s: float
-    ) -> None:
+    def __init__(self, sync: gradcomp.Session, model: nn.Module, images: Tensor, digits: Tensor, rest_s: float) -> None:
         self.sync, self.model, self.parameters = sync, model, list(model.parameters())
         self.portions = list(zip(torch.split(images, PORTION), torch.split(digits, PORTION), strict=True))
         self.bits = EXACT_BITS - len(self.portions).bit_length()
@@ -92,7 +90,7 @@ class Objective:
 class History:
     """The last steps s and what they changed in the gradient, y: this rank's slice of each."""
 
-    def __init__(self, sync: gradcomp.GradientExchange, numel: int) -> None:
+    def __init__(self, sync: gradcomp.Session, numel: int) -> None:
         self.sync = sync
         self.slice = slice(*(numel * rank // sync.world_size for rank in (sync.rank, sync.rank + 1)))
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -195,7 +193,6 @@ def main() -> None:
 
     weights = parameters_to_vector(model.parameters()).detach()
     train(objective, weights, options.steps, report)
-    sync.check_replicas()
     done = sync.all_reduce(torch.eye(sync.world_size)[sync.rank] * objective.done)
     digest = hashlib.sha256(parameters_to_vector(model.parameters()).detach().numpy().tobytes()).hexdigest()
     say(portions_by_rank=done.int().tolist(), weights=digest[:8])

@@ -37,6 +37,7 @@ from gradcomp.registry import (
     transport,
 )
 from gradcomp.rules import Rule, Rules
+from gradcomp.session import Session
 from gradcomp.version import __version__
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "ReplicaMismatch",
     "Rule",
     "Rules",
+    "Session",
     "StateError",
     "Transport",
     "TransportError",

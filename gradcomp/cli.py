@@ -1,4 +1,4 @@
-"""The command line: ``gradcomp train | worker | compressors | demo | bench | doctor``.
+"""The command line: ``gradcomp train | worker | server | compressors | demo | bench | doctor``.
 
 Exit status: 0 done, 1 a worker or a benchmark failed, 2 the command line or an option is wrong, 130 interrupted.
 """
@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a worker or a benchmark failed, 2 the command line or an 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -72,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         default="backward",
         help="what hides the exchange: backward, or the next forward pass, too; default: %(default)s",
     )
+    run.add_argument("--server", metavar="HOST:PORT,...", help="a parameter server's shards, instead of an exchange")
+    run.add_argument("--mode", metavar="SPEC", help="of the server: sync, async, ssp, softsync; default: sync")
+    run.add_argument("--pull", metavar="SPEC", help="compressor of what comes back from the server")
     run.add_argument("--epochs", type=int, metavar="N", help="in place of the task's own")
     run.add_argument(
         "--batch-size", type=int, metavar="N", help="samples a worker takes per step, in place of the task's own"
@@ -81,11 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--log", metavar="FILE", help="write one JSON object a step")
     run.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     run.add_argument("--quiet", action="store_true", help="no progress")
+    run.add_argument("--slow", help=argparse.SUPPRESS)  # RANK=SECONDS: a straggler, for experiments
     run.add_argument("--summary", help=argparse.SUPPRESS)  # where the demo finds a run's result
     run.add_argument("--label", default="", help="what the progress starts with; default: the compressor")
 
     train = commands.add_parser("train", parents=[run], help="train a task in worker processes on this machine")
     train.add_argument("--workers", type=int, metavar="N", default=2, help="default: %(default)s")
+    train.add_argument("--servers", type=int, metavar="N", help="through a parameter server of N shards, started here")
     train.set_defaults(run=_train)
 
     worker = commands.add_parser("worker", parents=[run], help="be one worker; for torchrun on many hosts")
@@ -93,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         "--launched", action="store_true", help=argparse.SUPPRESS
     )  # by `train`, which explains failures
     worker.set_defaults(run=_worker)
+
+    server = commands.add_parser("server", help="be one shard of a parameter server")
+    _add_server_options(server)
+    server.set_defaults(run=_server)
 
     listing = commands.add_parser("compressors", help="list compressors with their options and defaults")
     listing.set_defaults(run=_compressors)
@@ -116,19 +126,75 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(arguments: argparse.Namespace) -> RunOptions:
+def _add_server_options(server: argparse.ArgumentParser) -> None:
+    server.add_argument("--bind", metavar="IP:PORT", default="127.0.0.1:0", help="port 0: any; default: %(default)s")
+    server.add_argument("--state", metavar="DIR", help="keep its state there, and go on from what is there already")
+    server.add_argument("--checkpoint-updates", type=int, metavar="K", help="write the state each K updates")
+    server.add_argument(
+        "--checkpoint-s", type=float, metavar="S", default=30.0, help="... and each S seconds; default: %(default)s"
+    )
+    server.add_argument(
+        "--fsync", action="store_true", help="nothing is acknowledged before the disk has it: for the machine's death"
+    )
+    server.add_argument(
+        "--lease-s",
+        type=float,
+        metavar="S",
+        default=10.0,
+        help="forget workers silent for so long; default: %(default)s",
+    )
+    server.add_argument(
+        "--max-elements", type=int, metavar="N", default=1 << 28, help="take no larger shard; default: %(default)s"
+    )
+    server.add_argument("--threads", type=int, metavar="N", default=1, help="for arithmetic; default: %(default)s")
+    server.add_argument("--rate", metavar="RATE", help="send no faster, such as 100mbit")
+    server.add_argument("--insecure", action="store_true", help="allow another address than loopback, in the clear")
+    server.add_argument("--exit-when-done", action="store_true", help="end when all workers came and are gone")
+    server.add_argument("--quiet", action="store_true", help="no progress")
+    server.add_argument("--status", metavar="HOST:PORT", help="print the status of the server there as JSON, and end")
+
+
+def _server(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from gradcomp.integrations.serve import ServeOptions, look, serve
+    from gradcomp.transports.server_loop import ServerLoop
+
+    if arguments.status is not None:
+        print(json.dumps(look(arguments.status)))
+        return DONE
+    options = ServeOptions(**{name: getattr(arguments, name) for name in ServeOptions.__dataclass_fields__})
+    return serve(
+        options,
+        lambda service, before_replies: ServerLoop(
+            service,
+            bind=options.bind,
+            insecure=options.insecure,
+            max_message_bytes=options.max_message_bytes,
+            rate=options.rate,
+            before_replies=before_replies,
+        ),
+    )
+
+
+def _options(arguments: argparse.Namespace, **more: str) -> RunOptions:
     from gradcomp.integrations.worker import RunOptions
 
     fields = {name: getattr(arguments, name) for name in RunOptions.__dataclass_fields__}
-    return RunOptions(**(fields | {"settings": tuple(arguments.settings)}))
+    return RunOptions(**(fields | {"settings": tuple(arguments.settings)} | more))
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     from gradcomp.integrations.launch import launch
+    from gradcomp.integrations.local_servers import local_servers
 
-    options = _options(arguments)
-    options.check()
-    launch(options.to_arguments(), workers=arguments.workers)
+    with contextlib.ExitStack() as stack:
+        if arguments.servers is not None:
+            if arguments.server is not None:
+                raise ConfigError("--servers starts servers, --server names those that are there: give one of them")
+            _options(arguments, server="127.0.0.1:1").check()  # before anything is started
+            arguments.server = ",".join(stack.enter_context(local_servers(arguments.servers)))
+        options = _options(arguments)
+        options.check()
+        launch(options.to_arguments(), workers=arguments.workers)
     return DONE
 
 

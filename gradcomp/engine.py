@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,13 +16,14 @@ from gradcomp.buffers import BufferPolicy
 from gradcomp.changes import go_on_with
 from gradcomp.errors import ConfigError
 from gradcomp.gradients import Gradients, HeldGradients, ParameterGradients
-from gradcomp.hooks import BackwardHooks, Handle
+from gradcomp.hooks import BackwardHooks
 from gradcomp.interfaces import Exchange, Transport
 from gradcomp.options import check_choice, check_integer
 from gradcomp.plan import Planner, message_bounds
 from gradcomp.products import Products
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
+from gradcomp.session import Session
 from gradcomp.stepper import Stepper
 from gradcomp.vectors import Vectors
 from gradcomp.version import WIRE_VERSION, __version__
@@ -32,7 +31,7 @@ from gradcomp.version import WIRE_VERSION, __version__
 __all__ = ["GradientExchange"]
 
 
-class GradientExchange:
+class GradientExchange(Session):
     """Exchanges the gradients of some parameters between ranks, compressed. Made by :func:`gradcomp.attach`.
 
     Every rank ends each step with bit-identical gradients: it applies the decoded packets of all ranks, its own
@@ -87,6 +86,7 @@ class GradientExchange:
         products: Products | None = None,
         accept: Callable[[Choice], None] | None = None,
     ) -> None:
+        super().__init__()
         check_choice("attach", "reduction", reduction, ("mean", "sum"))
         check_choice("attach", "when", when, ("backward", "step", "ddp"))
         check_choice("attach", "overlap", overlap, ("backward", "forward"))
@@ -108,10 +108,8 @@ class GradientExchange:
         self._products = products or Products()
         self._loss_scale = loss_scale or (lambda: 1.0)
         self._synced, self._buffer_policy = list(synced), BufferPolicy() if buffer_policy is None else buffer_policy
-        self._syncing = True
         self._vector_turns = itertools.count()  # of their own: buckets of one step must share theirs
         self._closed = False
-        self._handles: list[Handle] = []
         tensors = [tensor for _, tensor in named_parameters]
         plan = self._planner.plan(named_parameters, compressor)
         transport.check_device(tensors[0].device)
@@ -151,12 +149,10 @@ class GradientExchange:
 
     @property
     def rank(self) -> int:
-        """This process's rank."""
         return self.transport.rank
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.transport.world_size
 
     @property
@@ -168,15 +164,6 @@ class GradientExchange:
     def step(self) -> int:
         """Number of exchanges that are finished, or in flight (:meth:`wait`); part of a checkpoint."""
         return self._stepper.step
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Gradients of backward passes in here stay local and add up, as with DDP's; the next one exchanges the sum."""
-        before, self._syncing = self._syncing, False
-        try:
-            yield
-        finally:
-            self._syncing = before
 
     def exchange(self) -> None:
         """Exchange all gradients now and wait for them. What ``when="step"`` calls before each optimizer step.
@@ -339,18 +326,11 @@ class GradientExchange:
         if self._when == "backward":
             self._hook_up()  # after those that watch products
 
-    def add_handle(self, handle: Handle) -> None:
-        """Keep a hook's handle, or whatever else :meth:`detach` must remove."""
-        self._handles.append(handle)
-
     def detach(self) -> None:
         """Take the hooks off and leave: training goes on locally, from where a step in flight ends."""
         if not self._closed:
             self.wait()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.close()
+        super().detach()
 
     def close(self) -> None:
         """Leave the other ranks, once no step is in flight. Bounded; may be called twice.
@@ -368,12 +348,7 @@ class GradientExchange:
             self._stepper.stop()
             self.transport.close()
 
-    def __enter__(self) -> GradientExchange:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if kind is not None:
             self._leave()  # an error: what is in flight is not waited for
         self.detach()

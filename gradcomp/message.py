@@ -15,7 +15,7 @@ from gradcomp.errors import PacketError
 from gradcomp.interfaces import Buffer
 from gradcomp.packet import HEADER_NBYTES, Packet
 
-__all__ = ["Head", "Message", "max_message_bytes"]
+__all__ = ["Head", "Message", "max_message_bytes", "on_any_rank"]
 
 _COUNTS = struct.Struct("<II")
 _LENGTH = struct.Struct("<Q")
@@ -176,3 +176,8 @@ def max_message_bytes(pieces: Sequence[Piece], parameters: int) -> int:
     """The longest message that can hold these pieces; or what is added up of them, with a float a parameter."""
     head = _COUNTS.size + 4 * parameters + _ALIGN + _LENGTH.size * len(pieces)
     return head + sum(_padded(piece.codec.max_nbytes(piece.numel)) for piece in pieces)
+
+
+def on_any_rank(messages: Sequence[Message]) -> tuple[bool, ...]:
+    """For each of the bucket's parameters, whether any sender had a gradient."""
+    return tuple(any(flags) for flags in zip(*(message.present for message in messages), strict=True))

@@ -19,7 +19,7 @@ from gradcomp import kernels
 from gradcomp.bucket import Bucket, Parameter, Piece
 from gradcomp.gradients import Gradients
 from gradcomp.interfaces import MY_TURN, Buffer, Commit, Compressor, Incoming, Slot, State, Transport, Work
-from gradcomp.message import Head, Message
+from gradcomp.message import Head, Message, on_any_rank
 from gradcomp.packet import Packet
 from gradcomp.rounds import Rounds, join
 from gradcomp.states import StateStore
@@ -104,11 +104,11 @@ class BucketWork(Work):
             packets = [
                 self._reduce(piece, [message.packets[i] for message in messages]) for i, piece in enumerate(pieces)
             ]
-            return self._shown(pieces, Message(tuple(packets), _on_any_rank(messages)))
+            return self._shown(pieces, Message(tuple(packets), on_any_rank(messages)))
 
     def deliver(self, pieces: Sequence[Piece], messages: Sequence[Message]) -> None:
         """Make the sum of ``messages`` the gradient: now if stateless, else in :meth:`finish`."""
-        present = {p for p, given in zip(self.bucket.parameters, _on_any_rank(messages), strict=True) if given}
+        present = {p for p, given in zip(self.bucket.parameters, on_any_rank(messages), strict=True) if given}
         with self._record.timed("decompress_s"):
             for i, piece in enumerate(pieces):
                 self._deliver(piece, [message.packets[i] for message in messages], present)
@@ -396,8 +396,3 @@ class BucketWork(Work):
 
     def _name(self, piece: Piece) -> str:
         return self._table[self.bucket.units[piece.unit].parameters[0]].name
-
-
-def _on_any_rank(messages: Sequence[Message]) -> tuple[bool, ...]:
-    """For each of the bucket's parameters, whether any sender had a gradient."""
-    return tuple(any(flags) for flags in zip(*(message.present for message in messages), strict=True))

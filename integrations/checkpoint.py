@@ -24,6 +24,7 @@ from gradcomp.errors import ConfigError, GradcompError, StateError
 from gradcomp.integrations import checkpoint_files as files
 from gradcomp.options import check_integer
 from gradcomp.redistribute import needed
+from gradcomp.session import Session
 
 __all__ = ["LoadedCheckpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -52,7 +53,7 @@ class LoadedCheckpoint:
 
 def save_checkpoint(
     folder: str | Path,
-    sync: GradientExchange,
+    sync: Session,
     *,
     model: nn.Module | None = None,
     optimizer: Optimizer | None = None,
@@ -76,6 +77,7 @@ def save_checkpoint(
         TransportError: a rank is gone, or did not come in time.
     """
     check_integer("save_checkpoint", "keep", keep, at_least=1)
+    sync = _of_ranks(sync)
     folder = Path(folder)
     number = 1 + _ask_rank_zero(sync, lambda: max(files.numbers(folder), default=0))
     target = folder / f"{number:08d}"
@@ -95,7 +97,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: str | Path,
-    sync: GradientExchange,
+    sync: Session,
     *,
     model: nn.Module | None = None,
     optimizer: Optimizer | None = None,
@@ -117,6 +119,7 @@ def load_checkpoint(
         HandshakeError: that was so on another rank.
         TransportError: a rank is gone, or did not come in time.
     """
+    sync = _of_ranks(sync)
     folder = Path(folder)
     number = _ask_rank_zero(sync, lambda: max(files.numbers(folder, complete=True), default=0))
     if not number:
@@ -147,6 +150,15 @@ def load_checkpoint(
 
 
 # -- what ranks tell each other ----------------------------------------------------------------------------------------
+
+
+def _of_ranks(sync: Session) -> GradientExchange:
+    if not isinstance(sync, GradientExchange):
+        raise ConfigError(
+            "a parameter server keeps checkpoints of its own (gradcomp server --state); what a worker holds back is "
+            "its state_dict(), to be saved wherever it likes"
+        )
+    return sync
 
 
 def _tell_all(sync: GradientExchange, number: int) -> list[int]:

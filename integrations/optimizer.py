@@ -14,13 +14,16 @@ from gradcomp import registry
 from gradcomp.buffers import BufferPolicy
 from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
+from gradcomp.exchanges.server import Server
 from gradcomp.hooks import running
 from gradcomp.integrations.closures import check_line_search, refuse_closure, share_loss
 from gradcomp.integrations.forward import ForwardOverlap, check_forward
+from gradcomp.integrations.served import Served
 from gradcomp.interfaces import Compressor, Exchange, Transport
 from gradcomp.products import Products
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
+from gradcomp.session import Session
 
 __all__ = ["attach"]
 
@@ -40,7 +43,7 @@ def attach(
     dense: Callable[[str, Tensor], bool] | None = None,
     scaler: GradScaler | None = None,
     buffers: str = "alone",
-) -> GradientExchange:
+) -> Session:
     """Exchange the gradients of all of an optimizer's parameters between ranks; the training loop stays as it is.
 
     Call it on every rank, after the optimizer is made. Parameters (and the model's buffers) start as rank 0's.
@@ -52,7 +55,9 @@ def attach(
             :class:`gradcomp.Rules` for each parameter's, their config, or ``"@FILE"``, a JSON file that holds it.
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
             None: ``zmq``, or what the exchange brings.
-        exchange: likewise.
+        exchange: likewise. ``"server:addresses=HOST:PORT"``: through a parameter server (gradcomp.exchanges.server),
+            which owns the parameters and runs the optimizer; ``optimizer.step()`` pushes and pulls. It takes no
+            transport, and of the options below model, reduction, dense and scaler.
         model: gives parameters their names in messages and checkpoints, and buffers to start from rank 0's. Without it
             parameters are called ``group0.0``, ``group0.1``, ... and buffers are left alone. Any of its parameters may
             be added in mid-run (``optimizer.add_param_group``); without it, about as much again as there is at first,
@@ -78,13 +83,33 @@ def attach(
             over ranks; the last two also every so many steps, ``"average:every=10"``.
 
     Returns:
-        The :class:`gradcomp.GradientExchange`: ``no_sync()``, ``stats()``, ``state_dict()``, ``detach()``, ``close()``.
+        The :class:`gradcomp.GradientExchange`, or with a server its :class:`gradcomp.session.Session`: ``no_sync()``,
+        ``stats()``, ``state_dict()``, ``detach()``, ``close()``.
 
     Raises:
         ConfigError: an unknown id or option, a value out of range, or nothing to exchange.
         HandshakeError: the ranks do not agree; names the field.
         TransportTimeout, PeerLost: a rank did not come, or left.
     """
+    kind = registry.exchange(exchange)
+    if isinstance(kind, Server):
+        unusual = {"transport": transport is not None, "when": when != "backward", "buffers": buffers != "alone"}
+        unusual |= {"overlap": overlap != "backward"}
+        unusual |= {"bucket_bytes": bucket_bytes != 25 << 20, "digest_every": digest_every not in (0, 100)}
+        for option, given in unusual.items():
+            if given:
+                raise ConfigError(f"attach: {option} is not allowed with exchange {kind.id!r}: {_NOT_SERVED[option]}")
+        return _serve(
+            Served(
+                optimizer,
+                _named(optimizer, model),
+                exchange=kind,
+                compressor=choose(compressor),
+                dense=dense,
+                reduction=reduction,
+            ),
+            optimizer,
+        )
     if scaler is not None and when == "step":
         raise ConfigError(
             "attach: when='step' is not allowed with a scaler: where a rank sees Inf, GradScaler skips the step and "
@@ -101,7 +126,6 @@ def attach(
             'when must be "backward"'
         )
     named = _named(optimizer, model)
-    kind = registry.exchange(exchange)
     carrier = kind.transport(transport)
     if overlap == "forward":
         check_forward(optimizer, model, when=when, scaled=scaler is not None, levels=carrier.levels is not None)
@@ -139,6 +163,25 @@ def attach(
         sync.add_handle(optimizer.register_step_pre_hook(_WatchSteps(sync, scaler)))
     sync.add_handle(_FollowGroups(optimizer, lambda: sync.set_parameters(_named(optimizer, model))))
     return sync
+
+
+_NOT_SERVED = {
+    "transport": "workers talk to servers, whose addresses it holds, and not to each other",
+    "when": "gradients are pushed in optimizer.step()",
+    "overlap": "parameters change in optimizer.step(); the option delay=1 hides the network",
+    "buffers": "a server keeps parameters; each worker's buffers are its own",
+    "bucket_bytes": "each shard gets one message a step",
+    "digest_every": "replicas follow the server, and may be at different updates",
+}
+
+
+def _serve(served: Served, optimizer: Optimizer) -> Served:
+    def refuse() -> None:
+        raise ConfigError("add_param_group: a parameter server keeps the parameters that it was set up with")
+
+    served.hook_up()
+    served.add_handle(_FollowGroups(optimizer, refuse))
+    return served
 
 
 class _WatchSteps:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -26,6 +26,10 @@ class Summary:
         train_s: seconds spent training; start-up and evaluation are not in it.
         bytes_sent, bytes_received: by this rank, everything on the wire.
         ratio: bytes of float32 gradients over bytes of packets.
+        pull_ratio: with a server, the same for what came back; 0 without one.
+        updates: that the server made.
+        late: pushes that came too late for their round.
+        staleness: number of this rank's pushes by their staleness.
     """
 
     rank: int
@@ -41,6 +45,10 @@ class Summary:
     bytes_sent: int
     bytes_received: int
     ratio: float
+    pull_ratio: float = 0.0
+    updates: int = 0
+    late: int = 0
+    staleness: Mapping[int, int] = field(default_factory=dict)
 
     def table(self) -> str:
         """The run on two lines."""
@@ -55,6 +63,14 @@ class Summary:
             "received/step": size(self.bytes_received / max(1, self.steps)),
             "ratio": f"{self.ratio:.1f}x",
         }
+        if self.pull_ratio:
+            pushes = sum(self.staleness.values())
+            mean = sum(staleness * count for staleness, count in self.staleness.items()) / max(1, pushes)
+            row |= {
+                "pull ratio": f"{self.pull_ratio:.1f}x",
+                "updates": str(self.updates),
+                "staleness": f"{mean:.1f}, max {max(self.staleness, default=0)}",
+            }
         return table([row])
 
     def json(self) -> str:

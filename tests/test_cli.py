@@ -12,6 +12,7 @@ import gradcomp
 from gradcomp import cli
 from gradcomp.errors import ConfigError, GradcompError, PeerLost, WorkerFailed
 from gradcomp.integrations import launch as launching
+from gradcomp.integrations import serve as serving
 from gradcomp.integrations.launch import Failure, record_failure, threads_per_worker
 from gradcomp.integrations.report import Reporter, Summary, size
 from gradcomp.integrations.worker import RunOptions
@@ -62,7 +63,7 @@ def test_a_command_is_needed() -> None:
         (["--transport", "carrier-pigeon"], "unknown transport 'carrier-pigeon'"),
         (
             ["--exchange", "ring"],
-            "unknown exchange 'ring'; available: all_gather, all_reduce, auto, hierarchical, tree, two_shot",
+            "unknown exchange 'ring'; available: all_gather, all_reduce, auto, hierarchical, server, tree, two_shot",
         ),
         (["--set", "lr=fast"], "lr=fast is not allowed; it must be float"),
         (["--set", "width=3"], "unknown option 'width'; it has lr"),
@@ -262,3 +263,27 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
     with Reporter(label="run", steps=1, quiet=True, log=None) as reporter:
         reporter.epoch(epoch=1, epochs=2, loss=0.5, accuracy=90.0, train_s=1.25)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint-updates", "0"], "checkpoint_updates=0 is not allowed"),
+        (["--lease-s", "0"], "lease_s=0.0 is not allowed"),
+        (["--bind", "nowhere"], "it must be HOST:PORT"),
+        (["--bind", "0.0.0.0:0"], "address must be one that peers can connect to"),
+        (["--bind", "192.0.2.1:0"], "in the clear and from anybody"),
+        (["--rate", "fast"], "rate='fast' is not allowed"),
+    ],
+)
+def test_a_server_refuses_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["server", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_status_of_a_server_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving.look, "__kwdefaults__", {"timeout_s": 0.3})
+    assert cli.main(["server", "--status", "127.0.0.1:1"]) == 1
+    assert "did not answer Look within 0.3 s: nobody listens there" in capsys.readouterr().err

@@ -33,3 +33,20 @@ def test_the_ddp_script(more: tuple[str, ...]) -> None:
     assert result["steps"] == 2 * (1400 // 2 // 16)
     assert result["accuracy"] > 50
     assert result["ratio"] > 10
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("downpour.py", ("--n-push", "2", "--n-fetch", "2", "--warm-start", "5")),
+        ("softsync.py", ("--staleness-aware",)),
+    ],
+)
+def test_the_scripts_with_servers(script: str, options: tuple[str, ...]) -> None:
+    results = [json.loads(line) for line in torchrun(script, "--epochs", "3", *options).splitlines()]
+    assert sorted(result["rank"] for result in results) == [0, 1]
+    for result in results:
+        assert result["updates"] >= 3 * (1400 // 16) // 2
+        assert result["accuracy"] > 40
+        assert result["ratio"] > 30
+        assert result["pull_ratio"] > 30

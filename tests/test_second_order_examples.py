@@ -1,4 +1,4 @@
-"""Hessian-free training and L-BFGS over ranks: the examples, as processes."""
+"""Hessian-free training, L-BFGS and SVRG over several workers: the examples, as processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import run_script
@@ -16,10 +17,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RUN = "import runpy\nsys.argv = OPTIONS['argv']\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
 
 
-def test_hessian_free_under_torchrun() -> None:
+def run_by_torchrun(*arguments: str) -> list[dict[str, Any]]:
+    """What an example prints, run by two processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, *torchrun, str(EXAMPLES / "hessian_free.py"), "--steps", "6"],
+        [sys.executable, *torchrun, str(EXAMPLES / arguments[0]), *arguments[1:]],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -27,7 +29,11 @@ def test_hessian_free_under_torchrun() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_hessian_free_under_torchrun() -> None:
+    lines = run_by_torchrun("hessian_free.py", "--steps", "6")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     losses = [line["loss"] for line in lines]
     assert losses == sorted(losses, reverse=True)
@@ -46,3 +52,14 @@ def test_lbfgs_gives_the_same_bits_whoever_does_how_much() -> None:
     portions = 28 * even[-2]["evaluations"]
     assert sum(even[-1]["portions_by_rank"]) == sum(uneven[-1]["portions_by_rank"]) == portions
     assert uneven[-1]["portions_by_rank"][1] < portions / 2
+
+
+def test_svrg_converges_on_a_server_that_nobody_locks_and_sgd_stalls() -> None:
+    gaps = {
+        method: [line["suboptimality"] for line in run_by_torchrun("svrg.py", "--epochs", "3", "--method", method)]
+        for method in ("svrg", "sgd")
+    }
+    assert len(gaps["svrg"]) == 3
+    assert gaps["svrg"][-1] < 1e-6
+    assert gaps["svrg"][-1] < gaps["svrg"][0] / 1000
+    assert gaps["sgd"][-1] > 1e-4
