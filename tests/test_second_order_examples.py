@@ -56,10 +56,13 @@ def test_lbfgs_gives_the_same_bits_whoever_does_how_much() -> None:
 
 def test_svrg_converges_on_a_server_that_nobody_locks_and_sgd_stalls() -> None:
     gaps = {
-        method: [line["suboptimality"] for line in run_by_torchrun("svrg.py", "--epochs", "3", "--method", method)]
+        method: [
+            line["suboptimality"]
+            for line in run_by_torchrun("svrg.py", "--epochs", "3", "--batch", "16", "--method", method)
+        ]
         for method in ("svrg", "sgd")
     }
     assert len(gaps["svrg"]) == 3
-    assert gaps["svrg"][-1] < 1e-6
-    assert gaps["svrg"][-1] < gaps["svrg"][0] / 1000
+    assert gaps["svrg"][-1] < 1e-5
+    assert gaps["svrg"][-1] < gaps["svrg"][0] / 100
     assert gaps["sgd"][-1] > 1e-4

@@ -101,9 +101,13 @@ def test_bodies_in_parts() -> None:
     assert bytes(protocol.whole([])) == b""
 
 
-def packed(*fields: object, body: bytes = b"") -> bytes:
-    head = bytes(msgpack.packb(list(fields)))
-    return len(head).to_bytes(4, "little") + head + body
+def packed(*fields: object) -> bytes:
+    return framed(bytes(msgpack.packb(list(fields))))
+
+
+def framed(head: bytes) -> bytes:
+    """With its length before it, and padded to a multiple of eight bytes."""
+    return len(head).to_bytes(4, "little") + head + bytes(-(4 + len(head)) % 8)
 
 
 PULL = [4, 3, "a", 7, 1, 0]  # kind, number, worker, incarnation, clock, have
@@ -116,12 +120,13 @@ PULL = [4, 3, "a", 7, 1, 0]  # kind, number, worker, incarnation, clock, have
         (b"\1\0\0", "no head"),
         (b"\xff\xff\xff\xff" + bytes(100), "head of 4294967295 bytes"),
         (b"\2\0\0\0\x90", "head of 2 bytes"),
-        (b"\1\0\0\0\xc1", "not msgpack"),
-        (b"\5\0\0\0\xdd\xff\xff\xff\xff", "not msgpack"),  # a list of four billion
-        (b"\5\0\0\0\xc6\xff\xff\xff\xff", "not msgpack"),
-        (b"\5\0\0\0\xdb\xff\xff\xff\xff", "not msgpack"),
-        (b"\x05\x00\x00\x00" + b"\x91" * 5, "not msgpack"),
-        (b"\x00\x10\x00\x00" + b"\x91" * 4096, "not msgpack"),
+        (framed(b"\xc1"), "not msgpack"),
+        (framed(b"\xdd\xff\xff\xff\xff"), "not msgpack"),  # a list of four billion
+        (framed(b"\xc6\xff\xff\xff\xff"), "not msgpack"),
+        (framed(b"\xdb\xff\xff\xff\xff"), "not msgpack"),
+        (framed(b"\x91" * 5), "not msgpack"),
+        (framed(b"\x91" * 4096), "not msgpack"),
+        (packed(4, 3, "a", 7, 1, 0)[:-1] + b"\1", "set in its padding"),
         (packed(), "number of a kind"),
         (packed(99), "number of a kind"),
         (packed(True), "number of a kind"),
