@@ -51,8 +51,8 @@ class Gradients(ABC):
         """The sums are in place."""
 
 
-class ParameterGradients(Gradients):
-    """``p.grad``; what a frozen parameter still has from before it was frozen is no gradient.
+class _WatchedGradients(Gradients):
+    """Base of those that know their parameters.
 
     Args:
         tensors: the parameters.
@@ -61,6 +61,19 @@ class ParameterGradients(Gradients):
 
     def __init__(self, tensors: Sequence[Tensor], products: Products) -> None:
         self._tensors, self._products = tensors, products
+
+    def watch(self, positions: Sequence[int]) -> None:
+        self._products.watch([self._tensors[position] for position in positions])
+
+    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
+        return self._products.take(self._tensors[position], grad, start, stop)
+
+
+class ParameterGradients(_WatchedGradients):
+    """``p.grad``; what a frozen parameter still has from before it was frozen is no gradient."""
+
+    def __init__(self, tensors: Sequence[Tensor], products: Products) -> None:
+        super().__init__(tensors, products)
         self._ownership = Ownership(tensors)
 
     def get(self, position: int) -> Tensor | None:
@@ -80,27 +93,16 @@ class ParameterGradients(Gradients):
     def may_use_up(self, position: int) -> bool:
         return self._ownership.may_use_up(position)
 
-    def watch(self, positions: Sequence[int]) -> None:
-        self._products.watch([self._tensors[position] for position in positions])
-
-    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
-        return self._products.take(self._tensors[position], grad, start, stop)
-
     def end_step(self) -> None:
         self._ownership.end_step()
         self._products.clear()
 
 
-class ViewedGradients(Gradients):
-    """Views that are handed in anew for each step, such as those of DistributedDataParallel's buckets.
-
-    Args:
-        tensors: the parameters.
-        products: what knows of products.
-    """
+class ViewedGradients(_WatchedGradients):
+    """Views that are handed in anew for each step, such as those of DistributedDataParallel's buckets."""
 
     def __init__(self, tensors: Sequence[Tensor], products: Products) -> None:
-        self._tensors, self._products = tensors, products
+        super().__init__(tensors, products)
         self._views: dict[int, Tensor] = {}
 
     def put(self, position: int, view: Tensor) -> None:
@@ -119,27 +121,16 @@ class ViewedGradients(Gradients):
     def may_use_up(self, position: int) -> bool:
         return False
 
-    def watch(self, positions: Sequence[int]) -> None:
-        self._products.watch([self._tensors[position] for position in positions])
-
-    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
-        return self._products.take(self._tensors[position], grad, start, stop)
-
     def end_step(self) -> None:
         self._views.clear()
         self._products.clear()
 
 
-class HeldGradients(Gradients):
-    """Gradients of a backward pass that are exchanged while ``p.grad`` is the training loop's again.
-
-    Args:
-        tensors: the parameters.
-        products: what knows of products.
-    """
+class HeldGradients(_WatchedGradients):
+    """Gradients of a backward pass that are exchanged while ``p.grad`` is the training loop's again."""
 
     def __init__(self, tensors: Sequence[Tensor], products: Products) -> None:
-        self._tensors, self._products = tensors, products
+        super().__init__(tensors, products)
         self._ownership = Ownership(tensors)
         self._given: dict[int, tuple[Tensor, int]] = {}  # what backward left in p.grad, and its version
         self._sums: dict[int, Tensor] = {}
@@ -171,12 +162,6 @@ class HeldGradients(Gradients):
 
     def may_use_up(self, position: int) -> bool:
         return position in self._usable
-
-    def watch(self, positions: Sequence[int]) -> None:
-        self._products.watch([self._tensors[position] for position in positions])
-
-    def product(self, position: int, grad: Tensor, start: int, stop: int) -> Product | None:
-        return self._products.take(self._tensors[position], grad, start, stop)
 
     def take(self) -> None:
         """Clear ``p.grad``: from now on it belongs to the next backward pass. Where it was cleared, so is the sum.

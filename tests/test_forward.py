@@ -83,7 +83,7 @@ def sgd(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
 
-COMPRESSORS = ["none", "fp16", "threshold:tau=1e-3", "onebit", "topk:ratio=0.1", "powersgd:rank=2"]
+COMPRESSORS = ["none", "fp16", "threshold:tau=1e-3", "onebit", "topk:ratio=0.1", "powersgd:rank=2", "factors"]
 
 
 # Of the exchanges auto chooses all_gather and, for powersgd, all_reduce.
