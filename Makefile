@@ -36,6 +36,7 @@ soak: $(INSTALLED)
 	GRADCOMP_SOAK_STEPS=200 $(BIN)/python -m pytest tests/test_engine.py -k identical $(ARGS)
 	GRADCOMP_SOAK_PUSHES=100000 $(BIN)/python -m pytest tests/test_server_network.py -k "changes_nothing and async" $(ARGS)
 	GRADCOMP_SOAK_KILLS=50 $(BIN)/python -m pytest -s tests/test_server_durability.py -k kills $(ARGS)
+	GRADCOMP_SOAK_KILLS=50 $(BIN)/python -m pytest -s tests/test_soak_training.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

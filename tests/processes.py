@@ -1,4 +1,4 @@
-"""Ranks as processes of a script, each of which prints JSON lines, under one deadline."""
+"""Processes in tests: ranks of a script, each of which prints JSON lines, under one deadline; or any, one by one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PRELUDE = """
 import json, os, sys
@@ -95,3 +97,35 @@ def run_script(
             [json.loads(line) for line in (Path(folder) / f"out{rank}").read_text().splitlines()]
             for rank in range(world_size)
         ]
+
+
+class Process:
+    """A process of Python whose output is kept in a file; it runs at the root of the repository."""
+
+    def __init__(self, log: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        self._log = log
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment or {})
+        with log.open("a") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment
+            )
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def until(what: Callable[[], bool], deadline_s: float = 180.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not what():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.02)

@@ -8,16 +8,14 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import free_port
+from processes import ROOT, Process, free_port, until
 from server_network import gradients, linked, same, side
 from server_network import join as join_over
 from server_sides import Side, admit, ask
@@ -30,7 +28,6 @@ from gradcomp.integrations.server_state import ServerState
 from gradcomp.server.messages import Forgot
 from gradcomp.server.service import Service
 
-ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("GRADCOMP_SOAK_KILLS", "2"))
 
 
@@ -276,38 +273,6 @@ def test_training_goes_on_when_the_journal_cannot_be_written(tmp_path: Path, cap
 
 
 # Processes.
-
-
-class Process:
-    """A process whose output is kept in a file."""
-
-    def __init__(self, log: Path, *arguments: str) -> None:
-        self._log = log
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with log.open("a") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment
-            )
-
-    @property
-    def said(self) -> str:
-        return self._log.read_text()
-
-    def end(self, number: int) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
-def until(what: Callable[[], bool], deadline_s: float = 180.0) -> None:
-    end = time.monotonic() + deadline_s
-    while not what():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.02)
 
 
 def server(folder: Path, address: str, *options: str) -> Process:
