@@ -135,10 +135,10 @@ _STAGES = ("compress_ms", "wait_ms", "decompress_ms", "hidden_fraction", "densit
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, context: object) -> None:
-    """One step of training, forward and backward within ``context``."""
+    """One step of training within ``context``."""
     with context:  # type: ignore[attr-defined]
         nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
+        optimizer.step()  # which is when a parameter server's workers push and pull
     optimizer.zero_grad()
 
 
