@@ -42,7 +42,7 @@ def test_hessian_free_under_torchrun() -> None:
 
 
 def test_lbfgs_gives_the_same_bits_whoever_does_how_much() -> None:
-    arguments = [str(EXAMPLES / "lbfgs.py"), "--steps", "6"]
+    arguments = [str(EXAMPLES / "lbfgs.py"), "--steps", "4"]
     (even, _), (uneven, _) = (
         run_script(RUN, 2, options={"argv": [*arguments, *more]}) for more in ([], ["--slow", "1"])
     )
@@ -54,15 +54,8 @@ def test_lbfgs_gives_the_same_bits_whoever_does_how_much() -> None:
     assert uneven[-1]["portions_by_rank"][1] < portions / 2
 
 
-def test_svrg_converges_on_a_server_that_nobody_locks_and_sgd_stalls() -> None:
-    gaps = {
-        method: [
-            line["suboptimality"]
-            for line in run_by_torchrun("svrg.py", "--epochs", "3", "--batch", "16", "--method", method)
-        ]
-        for method in ("svrg", "sgd")
-    }
-    assert len(gaps["svrg"]) == 3
-    assert gaps["svrg"][-1] < 1e-5
-    assert gaps["svrg"][-1] < gaps["svrg"][0] / 100
-    assert gaps["sgd"][-1] > 1e-4
+def test_svrg_converges_on_a_server_that_nobody_locks() -> None:
+    gaps = [line["suboptimality"] for line in run_by_torchrun("svrg.py", "--epochs", "3", "--batch", "16")]
+    assert len(gaps) == 3
+    assert gaps[-1] < 1e-5
+    assert gaps[-1] < gaps[0] / 100
