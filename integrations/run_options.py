@@ -104,7 +104,9 @@ class RunOptions:
         if self.server is None:
             for field in ("mode", "pull"):
                 if getattr(self, field) is not None:
-                    raise ConfigError(f"--{field} {getattr(self, field)} is not allowed without --server")
+                    raise ConfigError(
+                        f"--{field} {getattr(self, field)} is not allowed without --server (or, of train, --servers)"
+                    )
             return registry.exchange(self.exchange)
         if self.exchange != "auto":
             raise ConfigError(f"--exchange {self.exchange} is not allowed with --server, which is one")
