@@ -15,6 +15,7 @@ import zmq
 from gradcomp.errors import PacketError
 from gradcomp.transports.chunks import Chunk, Outgoing
 from gradcomp.transports.frames import HEADER_BYTES, MAX_CHUNK_BYTES, Header, pack_header, unpack_header, verify
+from gradcomp.transports.zmq_link import receive_payload
 
 __all__ = ["CHUNK_BYTES", "Inbox", "Letter", "Outbox", "receive", "server_socket"]
 
@@ -285,16 +286,4 @@ def receive(socket: zmq.Socket[bytes], inbox: Inbox, raw: bytes, now: float) -> 
     Raises:
         PacketError: as :class:`Inbox`; parts of the frame may be left to read.
     """
-    place = inbox.header(raw)
-    if not socket.getsockopt(zmq.RCVMORE):
-        raise PacketError("frame without a payload")
-    if place is None:
-        payload = socket.recv(copy=False).buffer
-    else:
-        received = socket.recv_into(place)
-        if received != len(place):  # a longer one was cut to fit
-            raise PacketError(f"payload of {received} bytes; its header says {len(place)}")
-        payload = place
-    if socket.getsockopt(zmq.RCVMORE):
-        raise PacketError("frame of more than header and payload")
-    return inbox.payload(payload, now)
+    return inbox.payload(receive_payload(socket, inbox.header(raw)), now)

@@ -17,7 +17,7 @@ from gradcomp.transports.chunks import Outgoing
 from gradcomp.transports.frames import BYE, BYE_SEEN, HEADER_BYTES, HELLO, MAX_CHUNK_BYTES
 from gradcomp.transports.mailbox import Mailbox
 from gradcomp.transports.pacing import TokenBucket
-from gradcomp.transports.zmq_link import NO_SLOT, Letter, Link
+from gradcomp.transports.zmq_link import NO_SLOT, Letter, Link, receive_payload
 
 __all__ = ["Courier"]
 
@@ -224,18 +224,7 @@ class Courier:
         if not router.getsockopt(zmq.RCVMORE):
             raise PacketError("frame without a header")
         raw = router.recv()
-        place = inbound.header(raw)
-        if not router.getsockopt(zmq.RCVMORE):
-            raise PacketError("frame without a payload")
-        if place is None:
-            payload = router.recv(copy=False).buffer
-        else:
-            received = router.recv_into(place)
-            if received != len(place):  # a longer one was cut to fit
-                raise PacketError(f"payload of {received} bytes; its header says {len(place)}")
-            payload = place
-        if router.getsockopt(zmq.RCVMORE):
-            raise PacketError("frame of more than header and payload")
+        payload = receive_payload(router, inbound.header(raw))
         kind = inbound.payload(payload)
         self.bytes_received += HEADER_BYTES + len(payload)
         if kind == HELLO:

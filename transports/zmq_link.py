@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from gradcomp.errors import PacketError
 from gradcomp.interfaces import Slot
 from gradcomp.transports.chunks import Outgoing
 from gradcomp.transports.frames import DATA, HEADER_BYTES, MAX_CHUNK_BYTES, Header, pack_header
@@ -15,7 +16,7 @@ from gradcomp.transports.inbound import Inbound, Session
 from gradcomp.transports.mailbox import Mailbox
 from gradcomp.transports.rendezvous import Record
 
-__all__ = ["NO_SLOT", "Letter", "Link", "secure_socket"]
+__all__ = ["NO_SLOT", "Letter", "Link", "receive_payload", "secure_socket"]
 
 NO_SLOT = Slot(0, 0, 0)
 
@@ -45,6 +46,29 @@ def secure_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Soc
     socket.rcvhwm = _RECEIVE_CHUNKS
     socket.sndhwm = _SEND_CHUNKS
     return socket
+
+
+def receive_payload(socket: zmq.Socket[bytes], place: memoryview | None) -> memoryview:
+    """Read what follows a frame's header, the last part of a message, from ``socket``.
+
+    Args:
+        place: where it belongs, as long as the header says; None to take it as it comes.
+
+    Raises:
+        PacketError: there is none, it is longer or shorter, or not the last; parts may be left to read.
+    """
+    if not socket.getsockopt(zmq.RCVMORE):
+        raise PacketError("frame without a payload")
+    if place is None:
+        payload = socket.recv(copy=False).buffer
+    else:
+        received = socket.recv_into(place)
+        if received != len(place):  # a longer one was cut to fit
+            raise PacketError(f"payload of {received} bytes; its header says {len(place)}")
+        payload = place
+    if socket.getsockopt(zmq.RCVMORE):
+        raise PacketError("frame of more than header and payload")
+    return payload
 
 
 @dataclass(frozen=True)
