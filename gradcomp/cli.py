@@ -23,12 +23,22 @@ __all__ = ["main"]
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
+# What parses its own options has a module with main(argv).
+BENCHMARKS = {
+    "codecs": "gradcomp.bench.codecs",
+    "all-gather": "gradcomp.bench.all_gather",
+    "step-time": "gradcomp.bench.step_time",
+    "ddp-hooks": "gradcomp.bench.ddp_hooks",
+    "memory": "gradcomp.bench.memory",
+}
+TOOLS: dict[str, tuple[str, str]] = {}  # command: its module, and what it is for
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name; ``sys.argv`` if None) and return its exit status."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.run is not _bench:
+    if rest and arguments.run is not _module:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(arguments.run(arguments, rest))
@@ -115,10 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="benchmarks", add_help=False)
     bench.add_argument(
         "name",
-        choices=("codecs", "all-gather", "step-time", "ddp-hooks", "memory"),
+        choices=tuple(BENCHMARKS),
         help="what to measure; --help after it",
     )
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_module)
+    for name, (module, purpose) in TOOLS.items():
+        commands.add_parser(name, help=purpose, add_help=False).set_defaults(run=_module, module=module)
 
     doctor = commands.add_parser("doctor", help="say which kernels run here and why, and what else matters")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
@@ -224,9 +236,9 @@ def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:
     return DONE
 
 
-def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
-    module = importlib.import_module(f"gradcomp.bench.{arguments.name.replace('-', '_')}")
-    return int(module.main(rest))
+def _module(arguments: argparse.Namespace, rest: list[str]) -> int:
+    module = BENCHMARKS[arguments.name] if hasattr(arguments, "name") else arguments.module
+    return int(importlib.import_module(module).main(rest))
 
 
 def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
