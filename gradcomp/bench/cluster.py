@@ -13,8 +13,10 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,10 @@ _NOT_HERE = {
 }
 # A process by itself; and for each parameter of each method: itself, its gradient, residual, and what is under way.
 _PROCESS_BYTES, _PARAMETER_BYTES, _MEMORY_SHARE = 500 << 20, 16, 0.8
+_SAME = ("model", "batch_size", "threads", "bucket_mb", "steps", "budget_s")  # options that are every rank's
 _STEP_TIMEOUT_S, _START_TIMEOUT_S = 300.0, 300.0
-_SILENCE_S = 60.0  # others' steps fill a slow link for long, and nobody is lost for that
+# For ZeroMQ: nobody else is on this network; and nobody is lost because the steps of others fill a slow link for long.
+_USUAL: dict[str, object] = {"insecure": True, "silence_s": 60.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,31 +59,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(words)
-    ways, rates = _ways(options), _rates(options.rates)
     _check(options)
-    numel = _numel(options.model)
-    groups = _groups(ways, numel, options)
-    report = sys.stderr if options.json else sys.stdout
+    rates, numel = _rates(options.rates), _numel(options.model)
+    dense_s = {rate: 2 * 32 * numel * options.hosts / bits for rate, bits in rates.items()}  # no step takes longer
+    timeout_s = _STEP_TIMEOUT_S + max(dense_s.values())
+    ways = {name: _in_lab(way, timeout_s) for name, way in _ways(options).items()}
     rows: list[dict[str, Any]] = []
     with Lab(options.hosts, burst_bytes=options.link_burst) as lab:
+        if any(way.get("transport", {}).get("id") == "zmq" for way in ways.values()):
+            _say("zmq: insecure=true unless said otherwise: nobody else is on the network of these hosts")
+        groups = _groups(ways, numel, options)
         for number, group in enumerate(groups):
             if len(groups) > 1:
-                print(f"methods {', '.join(group)} ({number + 1} of {len(groups)} runs)", file=sys.stderr, flush=True)
+                _say(f"run {number + 1} of {len(groups)}: {', '.join(group)}")
 
             def take(rate: str, found: list[dict[str, Any]], number: int = number) -> None:
-                bits_per_s = rates[rate]
-                done = [finish({"run": number, **row}, rate, bits_per_s) for row in found]
+                done = [finish({"run": number, **row}, rate, rates[rate]) for row in found]
                 rows.extend(done)
-                print(f"{show_rate(bits_per_s)}\n{show(done)}\n", file=report, flush=True)
+                report = sys.stderr if options.json else sys.stdout
+                print(f"{show_rate(rates[rate])}\n{show(done)}\n", file=report, flush=True)
 
-            _run(lab, group, rates, numel, options, take)
+            a_method_s = _START_TIMEOUT_S + sum(2 * options.budget_s + 4 * seconds for seconds in dense_s.values())
+            _run(lab, _job(options, group, list(rates), timeout_s), (len(group) + 1) * a_method_s, take)
     result = {
         "command": shlex.join(["gradcomp", "bench", "cluster", *words]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe_machine(),
-        "model": options.model,
         "parameters": numel,
-        **{key: getattr(options, key) for key in ("hosts", "batch_size", "threads", "bucket_mb", "link_burst")},
+        **{key: getattr(options, key) for key in (*_SAME, "hosts", "link_burst")},
         "methods": ways,
         "rows": rows,
     }
@@ -88,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.png:
         draw(result, options.png)
     return 0 if any(row["method"] != COMPUTE and not row.get("error") for row in rows) else 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,6 +161,11 @@ def _check(options: argparse.Namespace) -> None:
         check_integer(owner, "at_once", options.at_once, at_least=1)
     for name in ("budget_s", "bucket_mb"):
         check_number(owner, name, getattr(options, name), above=0)
+    if options.png is not None:  # not only when all is measured
+        if find_spec("matplotlib") is None:
+            raise ConfigError("--png needs matplotlib: pip install 'gradcomp[demo]'")
+        if not Path(options.png).parent.is_dir():
+            raise ConfigError(f"--png {options.png}: there is no such folder")
 
 
 def _rates(text: str) -> dict[str, float]:
@@ -205,32 +221,16 @@ def _groups(ways: Ways, numel: int, options: argparse.Namespace) -> list[Ways]:
         at_once = max(1, int(room / (_PARAMETER_BYTES * numel)) - 1)  # one is compute only
     runs = -(-len(ways) // at_once)
     if runs > 1:
-        print(
-            f"{len(ways)} methods do not fit into one run: {runs} runs, each with its own compute only", file=sys.stderr
-        )
+        _say(f"{len(ways)} methods in {runs} runs of at most {at_once}, each with a {COMPUTE!r} of its own")
     names = list(ways)
     return [{name: ways[name] for name in names[i::runs]} for i in range(runs)]
 
 
-def _run(lab: Lab, ways: Ways, rates: Mapping[str, float], numel: int, options: argparse.Namespace, take: Any) -> None:
+def _run(lab: Lab, job: Job, timeout_s: float, take: Callable[[str, list[dict[str, Any]]], None]) -> None:
     """One program on each host, for all rates; ``take`` is handed a rate and its rows as they come."""
-    longest_s = {rate: 2 * 32 * numel * options.hosts / bits for rate, bits in rates.items()}  # of a dense step
-    step_s = _STEP_TIMEOUT_S + max(longest_s.values())
-    ways = {name: _in_lab(way, step_s) for name, way in ways.items()}
-    wanted, got = list(rates), 0
+    got = 0
     with tempfile.TemporaryDirectory(prefix="gradcomp-cluster-") as folder:
-        job = Job(
-            model=options.model,
-            ways=ways,
-            rates=wanted,
-            batch_size=options.batch_size,
-            steps=options.steps,
-            budget_s=options.budget_s,
-            bucket_mb=options.bucket_mb,
-            threads=options.threads,
-            timeout_s=step_s,
-            folder=folder,
-        )
+        job = replace(job, folder=folder)
 
         def listen(line: str) -> None:
             nonlocal got
@@ -238,6 +238,7 @@ def _run(lab: Lab, ways: Ways, rates: Mapping[str, float], numel: int, options: 
                 return  # not ours
             said = json.loads(line)
             if "wants" in said:
+                _say(f"links of {said['wants']}: steps of {len(job.ways)} methods, and of compute only")
                 lab.set_rate(said["wants"])
                 Path(folder, f"rate{got}").touch()
             else:
@@ -245,28 +246,30 @@ def _run(lab: Lab, ways: Ways, rates: Mapping[str, float], numel: int, options: 
                 take(said["rate"], said["rows"])
 
         lab.set_rate(None)
-        a_rate_s = sum(2 * options.budget_s + 4 * seconds for seconds in longest_s.values())
         try:
             lab.run(
                 [sys.executable, "-m", "gradcomp.bench.cluster_rank", job.to_argument()],
-                timeout_s=_START_TIMEOUT_S + (len(ways) + 1) * (a_rate_s + _START_TIMEOUT_S),
-                environment={"OMP_NUM_THREADS": str(options.threads)},
+                timeout_s=timeout_s,
+                environment={"OMP_NUM_THREADS": str(job.threads)},
                 listener=listen,
             )
         except WorkerFailed as error:
             headline, _, written = str(error).partition("\n")
-            print(written, file=sys.stderr, flush=True)
+            _say(written)
             why = headline.rpartition(": ")[2]
-            for rate in wanted[got:]:
-                take(rate, [{"method": name, "error": f"the run ended: {why}"} for name in ways])
+            for rate in job.rates[got:]:
+                take(rate, [{"method": name, "error": f"the run ended: {why}"} for name in job.ways])
+
+
+def _job(options: argparse.Namespace, ways: Ways, rates: Sequence[str], timeout_s: float) -> Job:
+    return Job(ways=ways, rates=rates, timeout_s=timeout_s, **{key: getattr(options, key) for key in _SAME})
 
 
 def _in_lab(way: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """With what a transport needs here: the hosts' network is this machine's own, and slow."""
     if "ddp" in way:
         return way
-    usual = {"insecure": True, "silence_s": _SILENCE_S, "timeout_s": timeout_s}
-    return way | {"transport": with_usual(way["transport"], usual)}
+    return way | {"transport": with_usual(way["transport"], {**_USUAL, "timeout_s": timeout_s})}
 
 
 if __name__ == "__main__":

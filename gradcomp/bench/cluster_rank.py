@@ -60,7 +60,7 @@ class Job:
     bucket_mb: float
     threads: int
     timeout_s: float
-    folder: str
+    folder: str = ""
     device: str = "eth0"
 
     def to_argument(self) -> str:

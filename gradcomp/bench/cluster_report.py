@@ -68,14 +68,12 @@ def draw(result: Mapping[str, Any], path: str) -> None:
     """A picture: step time against bandwidth, both logarithmic, a line a method; compute only is the floor.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the file cannot be written.
+        ConfigError: the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-    except ModuleNotFoundError as error:
-        raise ConfigError("--png needs matplotlib: pip install 'gradcomp[demo]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
     rows = [row for row in result["rows"] if not row.get("error")]
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
