@@ -31,6 +31,7 @@ bench: $(INSTALLED)
 	$(RANKS) 4 -m gradcomp.bench.step_time --model dense --steps 8 --beside-ddp
 	$(RANKS) 4 -m gradcomp.bench.ddp_hooks --model vgg11 --steps 8
 	$(BIN)/gradcomp bench memory
+	$(BIN)/gradcomp bench cluster --rates 100mbit,1gbit --steps 8 --png cluster.png || [ $$? = 2 ]  # 2: not root, say
 
 soak: $(INSTALLED)
 	GRADCOMP_SOAK_STEPS=200 $(BIN)/python -m pytest tests/test_engine.py -k identical $(ARGS)

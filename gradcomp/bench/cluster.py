@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dense_s = {rate: 2 * 32 * numel * options.hosts / bits for rate, bits in rates.items()}  # no step takes longer
     timeout_s = _STEP_TIMEOUT_S + max(dense_s.values())
     ways = {name: _in_lab(way, timeout_s) for name, way in _ways(options).items()}
+    machine = describe_machine()  # its load before ours
     rows: list[dict[str, Any]] = []
     with Lab(options.hosts, burst_bytes=options.link_burst) as lab:
         if any(way.get("transport", {}).get("id") == "zmq" for way in ways.values()):
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "command": shlex.join(["gradcomp", "bench", "cluster", *words]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
+        "machine": machine,
         "parameters": numel,
         **{key: getattr(options, key) for key in (*_SAME, "hosts", "link_burst")},
         "methods": ways,

@@ -72,7 +72,7 @@ def draw(result: Mapping[str, Any], path: str) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     rows = [row for row in result["rows"] if not row.get("error")]
     figure = Figure(figsize=(10, 5.6), layout="constrained")
@@ -87,7 +87,8 @@ def draw(result: Mapping[str, Any], path: str) -> None:
     floor = _line([row for row in rows if row["method"] == COMPUTE])
     axes.plot(*floor, color="black", linestyle=":", linewidth=1.5, label=COMPUTE)
     if floor[1]:
-        axes.fill_between(floor[0], 0, floor[1], color="black", alpha=0.06, linewidth=0)
+        axes.fill_between(floor[0], 1e-9, floor[1], color="black", alpha=0.06, linewidth=0)
+        axes.set_ylim(bottom=min(row["step_ms"] for row in rows) / 1.5, top=max(row["step_ms"] for row in rows) * 1.5)
     names = dict.fromkeys(row["method"] for row in rows if row["method"] != COMPUTE)
     lines = {name: _line([row for row in rows if row["method"] == name]) for name in names}
     for i, (name, line) in enumerate(sorted(lines.items(), key=lambda item: -item[1][1][0])):
@@ -104,6 +105,7 @@ def draw(result: Mapping[str, Any], path: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda bits, _: show_rate(bits)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=40))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,.10g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", alpha=0.2)
