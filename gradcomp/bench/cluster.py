@@ -45,7 +45,8 @@ _NOT_HERE = {
 }
 # A process by itself; and for each parameter of each method: itself, its gradient, residual, and what is under way.
 _PROCESS_BYTES, _PARAMETER_BYTES, _MEMORY_SHARE = 500 << 20, 16, 0.8
-_SAME = ("model", "batch_size", "threads", "bucket_mb", "steps", "budget_s")  # options that are every rank's
+# Options that are every rank's.
+_SAME = ("model", "batch_size", "threads", "bucket_mb", "overlap", "in_a_row", "steps", "warm_up", "budget_s")
 _STEP_TIMEOUT_S, _START_TIMEOUT_S = 300.0, 300.0
 # For ZeroMQ: nobody else is on this network; and nobody is lost because the steps of others fill a slow link for long.
 _USUAL: dict[str, object] = {"insecure": True, "silence_s": 60.0}
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(words)
+    if options.in_a_row is None:
+        options.in_a_row = 5 if options.overlap == "forward" else 1
     _check(options)
     rates, numel = _rates(options.rates), _numel(options.model)
     dense_s = {rate: 2 * 32 * numel * options.hosts / bits for rate, bits in rates.items()}  # no step takes longer
@@ -132,13 +135,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="samples a host; default: %(default)s")
     parser.add_argument("--bucket-mb", type=float, default=25.0, help="MiB of gradients a bucket; default: 25")
     parser.add_argument("--threads", type=int, default=1, help="torch threads a host; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each method; default: %(default)s")
+    parser.add_argument(
+        "--overlap", choices=("backward", "forward"), default="backward", help="of gradcomp; default: %(default)s"
+    )
+    parser.add_argument("--in-a-row", type=int, metavar="N", help="steps of a method; default: 1, with forward 5")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, or rows of them; default: %(default)s")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps before those; default: %(default)s")
     parser.add_argument(
         "--budget-s",
         type=float,
         default=60.0,
         metavar="S",
-        help="no more timed steps of a method at a rate than fit in S seconds, but at least 2; default: %(default)s",
+        help="no more timed steps of a method at a rate than fit in S seconds, but at least 2 (rows); "
+        "and half of it for those before; default: %(default)s",
     )
     parser.add_argument("--at-once", type=int, metavar="N", help="methods in one run; default: what memory holds")
     parser.add_argument(
@@ -154,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     owner = "bench cluster"
-    for name in ("batch_size", "threads"):
+    for name in ("batch_size", "threads", "in_a_row", "warm_up"):
         check_integer(owner, name, getattr(options, name), at_least=1)
     check_integer(owner, "hosts", options.hosts, at_least=2)
     check_integer(owner, "steps", options.steps, at_least=2)

@@ -33,7 +33,9 @@ from gradcomp.bench.step_time import MODELS, batch_for
 __all__ = ["COMPUTE", "Job", "main", "make"]
 
 COMPUTE = "compute only"
-_LEAST_STEPS, _WARM_UP, _WARM_UP_SHARE = 2, 4, 0.25
+_LEAST_ROWS = 2
+# Of the budget: for the steps before those that are timed, and the most that a row of steps may take.
+_WARM_UP_SHARE, _ROW_SHARE = 0.5, 0.25
 _ERROR_BYTES = 300
 
 
@@ -44,8 +46,11 @@ class Job:
     Attributes:
         ways: each method by name: ``{"ddp": HOOK}``, or its compressor, exchange and transport.
         rates: of the links, one after the other.
-        steps: timed ones of a method at a rate, at most.
-        budget_s: that those may take; two are timed in any case.
+        in_a_row: steps of a method, before it is the next one's turn; fewer where they take long.
+        steps: rows of them that are timed, of each method at each rate, at most.
+        warm_up: steps before those, at most.
+        budget_s: that the timed ones may take; two rows are timed in any case.
+        overlap: as for attach.
         timeout_s: for one step, and for what ranks say to each other.
         folder: where a file ``rate<i>`` says that the links have the i-th rate.
         device: whose bytes are counted.
@@ -55,8 +60,11 @@ class Job:
     ways: Mapping[str, Mapping[str, Any]]
     rates: Sequence[str]
     batch_size: int
+    in_a_row: int
     steps: int
+    warm_up: int
     budget_s: float
+    overlap: str
     bucket_mb: float
     threads: int
     timeout_s: float
@@ -132,28 +140,25 @@ class _Way:
         self.start_rate()
 
     def start_rate(self) -> None:
-        self.warmed_up, self.warm_up_s, self.done = 0, 0.0, False
+        self.in_a_row, self.done = 1, False
         self.rounds: list[int] = []
         self.used: list[_Used] = []
         if self.method is not None:
             self.method.times_s.clear()
             self.method.stats.clear()
 
-    @property
-    def is_warm(self) -> bool:
-        return self.done or self.warmed_up >= _WARM_UP
-
     def row(self, compute_s: Mapping[int, float], over_ranks: Sequence[Tensor]) -> dict[str, Any]:
         """What there is to say; times are of the slowest rank."""
         if self.method is None or self.error is not None:
             return {"method": self.name, "error": self.error}
-        times_s, steps = self.method.times_s, len(self.method.times_s)
+        times_s, steps = self.method.times_s, self.in_a_row * len(self.method.times_s)
         step_s, alone_s = statistics.median(times_s), statistics.median(compute_s[i] for i in self.rounds)
         stages = self.method.stages()
         hosts = torch.stack(list(over_ranks))
         row: dict[str, Any] = {
             "method": self.name,
             "steps": steps,
+            "in_a_row": self.in_a_row,
             "step_ms": round(step_s * 1e3, 3),
             "compute_ms": round(alone_s * 1e3, 3),
             "times_compute": round(step_s / alone_s, 4),
@@ -162,11 +167,13 @@ class _Way:
             "cpu_s": round(float(hosts[:, 2].sum()) / steps, 5),
             "times_ms": [round(seconds * 1e3, 3) for seconds in times_s],
         }
-        if stages:
+        if stages and self.method.sync is not None:
             first, last = self.method.stats[0], self.method.stats[-1]
             gradients, packets = (last[key] - first[key] for key in ("gradient_bytes", "packet_bytes"))
             row |= {key: round(value, 4) for key, value in stages.items()}
+            row["density"] = statistics.median(stats["density"] for stats in self.method.stats)
             row["ratio"] = round(gradients / packets, 2) if packets else None
+            row |= {key: value for key, value in self.method.sync.stats().items() if key == "auto"}  # what it came to
         return row
 
 
@@ -197,6 +204,7 @@ def make(job: Job, name: str) -> Method:
         compressor=spec["compressor"],
         exchange=spec["exchange"],
         transport=transport_for(spec["transport"], name),
+        overlap=job.overlap,
         bucket_bytes=int(job.bucket_mb * 2**20),
         digest_every=0,
     )
@@ -226,20 +234,17 @@ class _Bench:
         """All methods at the rate that the links have now."""
         for way in self.ways:
             way.start_rate()
-        while any(not way.is_warm for way in self._others()):
-            for way in self.ways:
-                if way.error is None and not way.is_warm:
-                    self._warm_up(way)
+            self._warm_up(way)
         compute_s: dict[int, float] = {}
         for number in range(self.job.steps):
-            if all(way.done for way in self._others()) and number >= _LEAST_STEPS:
+            if all(way.done for way in self._others()) and number >= _LEAST_ROWS:
                 break
             for way in self.ways:
                 if way.error is None and not way.done:
                     self._time(way, number)
-            if self.compute.error is not None:
+            if self.compute.method is None:
                 raise gradcomp.WorkerFailed(f"the model takes no step by itself: {self.compute.error}")
-            compute_s[number] = self.compute.method.times_s[-1]  # type: ignore[union-attr]
+            compute_s[number] = self.compute.method.times_s[-1]
         rows = []
         for way in self.ways:
             sums = [[used.sent_bytes, used.received_bytes, used.cpu_s] for used in way.used] or [[0.0] * 3]
@@ -251,31 +256,39 @@ class _Bench:
         return [way for way in self.ways[1:] if way.error is None]
 
     def _warm_up(self, way: _Way) -> None:
-        seconds, _ = self._step(way)
-        way.warmed_up += 1
-        way.warm_up_s += seconds
-        if way.warm_up_s > _WARM_UP_SHARE * self.job.budget_s:
-            way.warmed_up = _WARM_UP
+        """One step at least; how long it takes says how many there will be in a row."""
+        taken, spent_s = 0, 0.0
+        while way.error is None and (not taken or taken < self.job.warm_up):
+            count = min(way.in_a_row, max(1, self.job.warm_up - taken))
+            seconds, _ = self._take(way, count)
+            taken, spent_s = taken + count, spent_s + seconds
+            fit = int(_ROW_SHARE * self.job.budget_s / (seconds / count))
+            way.in_a_row = max(1, min(self.job.in_a_row, fit))
+            if spent_s > _WARM_UP_SHARE * self.job.budget_s:
+                return
 
     def _time(self, way: _Way, number: int) -> None:
-        seconds, used = self._step(way)
+        seconds, used = self._take(way, way.in_a_row)
         if way.error is not None or way.method is None:
             return
-        way.method.note(seconds)
+        way.method.note(seconds / way.in_a_row)
         way.rounds.append(number)
         way.used.append(used)
         times_s = way.method.times_s
-        if way is not self.compute and len(times_s) >= _LEAST_STEPS:
-            way.done = sum(times_s) + statistics.mean(times_s) > self.job.budget_s
+        if way is not self.compute and len(times_s) >= _LEAST_ROWS:
+            way.done = way.in_a_row * (sum(times_s) + statistics.mean(times_s)) > self.job.budget_s
 
-    def _step(self, way: _Way) -> tuple[float, _Used]:
-        """One step of all ranks together: how long the slowest took, and what this host used for it."""
+    def _take(self, way: _Way, count: int) -> tuple[float, _Used]:
+        """Steps of all ranks together: how long they took the slowest, and what this host used for them."""
         assert way.method is not None
         error: Exception | None = None
         self.ranks.meet()
         before, start = _Used.now(self.job.device), time.perf_counter()
         try:
-            way.method.run(self._inputs, self._targets)
+            for _ in range(count):
+                way.method.run(self._inputs, self._targets)
+            if way.method.sync is not None:
+                way.method.sync.wait()
         except Exception as failed:
             error = failed
         (seconds,) = self.ranks.most(time.perf_counter() - start)

@@ -69,7 +69,7 @@ class Method:
         self.times_s.append(seconds)
         if self.sync is not None:
             stats = self.sync.stats()
-            self.stats.append({key: stats[key] for key in (*STAGES, "gradient_bytes", "packet_bytes")})
+            self.stats.append({key: stats[key] for key in (*STAGES, "density", "gradient_bytes", "packet_bytes")})
 
     def stages(self) -> dict[str, float]:
         """Medians of what the exchange said; nothing where there is none."""
