@@ -27,7 +27,7 @@ from gradcomp.bench.cluster_rank import COMPUTE, Job
 from gradcomp.bench.cluster_report import draw, finish, show, show_rate
 from gradcomp.bench.lab import Lab
 from gradcomp.bench.machine import describe_machine, free_memory_bytes
-from gradcomp.bench.methods import DDP_HOOKS, with_usual
+from gradcomp.bench.methods import TORCH_HOOKS, with_usual
 from gradcomp.bench.step_time import MODELS
 from gradcomp.errors import ConfigError, WorkerFailed
 from gradcomp.options import check_choice, check_integer, check_number
@@ -190,7 +190,7 @@ def _ways(options: argparse.Namespace) -> Ways:
     combined = [*itertools.product(compressors, options.exchanges, options.transports), *map(_split, options.method)]
     ways: Ways = {}
     for hook in [] if options.ddp == "none" else options.ddp.split(","):
-        check_choice("bench cluster", "ddp", hook.strip(), (*DDP_HOOKS, "none"))
+        check_choice("bench cluster", "ddp", hook.strip(), ("fp32", *TORCH_HOOKS, "none"))
         ways[f"ddp:{hook.strip()}"] = {"ddp": hook.strip()}
     for compressor, exchange, transport in combined:
         choose(compressor)

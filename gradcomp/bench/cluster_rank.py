@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import gradcomp
-from gradcomp.bench.methods import DDP_HOOKS, Method, transport_for
+from gradcomp.bench.methods import TORCH_HOOKS, Method, transport_for
 from gradcomp.bench.step_time import MODELS, batch_for
 
 __all__ = ["COMPUTE", "Job", "main", "make"]
@@ -193,9 +193,8 @@ def make(job: Job, name: str) -> Method:
         # Groups of their own: one method's failure must not end the others.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=job.timeout_s))
         model = DistributedDataParallel(net, process_group=group, bucket_cap_mb=job.bucket_mb)
-        hook = DDP_HOOKS[spec["ddp"]]
-        if hook is not None:
-            model.register_comm_hook(group, hook)
+        if spec["ddp"] in TORCH_HOOKS:
+            model.register_comm_hook(group, TORCH_HOOKS[spec["ddp"]])
         return Method(name, model)
     method = Method(name, net)
     method.sync = gradcomp.attach(

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gradcomp
-from gradcomp.bench.methods import DDP_HOOKS, STAGES, Method, transport_for
+from gradcomp.bench.methods import STAGES, TORCH_HOOKS, Method, transport_for
 from gradcomp.bench.step_time import MODELS, batch_for
 
 __all__ = ["main"]
@@ -37,10 +37,9 @@ def _method(name: str, options: argparse.Namespace) -> Method:
         gradient_as_bucket_view=options.gradient_as_bucket_view,
     )
     method = Method(name, model, alone=name == "compute")
-    hook = DDP_HOOKS.get(name)
-    if hook is not None:
-        model.register_comm_hook(None, hook)
-    elif name not in ("compute", *DDP_HOOKS):
+    if name in TORCH_HOOKS:
+        model.register_comm_hook(None, TORCH_HOOKS[name])
+    elif name not in ("compute", "fp32"):
         method.sync = gradcomp.integrations.ddp.register(
             model,
             name,
@@ -78,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     inputs, targets = batch_for(options.model, options.batch_size, options.device)
     dist.init_process_group(options.backend)
-    methods = [_method(name, options) for name in ("compute", *DDP_HOOKS, *options.compressor)]
+    methods = [_method(name, options) for name in ("compute", "fp32", *TORCH_HOOKS, *options.compressor)]
     for round_number in range(options.warm_up + options.steps):
         for method in methods:
             dist.barrier()

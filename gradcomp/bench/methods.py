@@ -19,7 +19,7 @@ from gradcomp.interfaces import Transport
 from gradcomp.registry import Spec
 from gradcomp.session import Session
 
-__all__ = ["DDP_HOOKS", "STAGES", "Method", "transport_for", "with_usual"]
+__all__ = ["STAGES", "TORCH_HOOKS", "Method", "transport_for", "with_usual"]
 
 STAGES = ("hidden_fraction", "compress_ms", "wait_ms", "decompress_ms", "ratio")
 
@@ -29,12 +29,8 @@ def _bf16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
     return default_hooks.bf16_compress_hook(state, bucket)  # type: ignore[arg-type]
 
 
-# What DDP does with float32 gradients by itself, and torch's own hooks.
-DDP_HOOKS: dict[str, Callable[..., Any] | None] = {
-    "fp32": None,
-    "fp16": default_hooks.fp16_compress_hook,
-    "bf16": _bf16,
-}
+# torch's own, by what they send.
+TORCH_HOOKS: dict[str, Callable[..., Any]] = {"fp16": default_hooks.fp16_compress_hook, "bf16": _bf16}
 
 
 class Method:
