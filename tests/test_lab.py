@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,26 @@ def test_what_the_first_rank_says_is_heard_while_it_runs(tmp_path: Path) -> None
     with Lab(2) as hosts:
         hosts.run([sys.executable, "-c", script, str(answer)], timeout_s=60, listener=listen)
     assert heard == ["half a line", "answered"]
+
+
+@pytest.mark.root
+def test_sigterm_leaves_nothing_behind() -> None:
+    script = (
+        "from gradcomp.bench.lab import Lab\n"
+        "with Lab(2) as hosts:\n"
+        "    print('there', flush=True)\n"
+        "    hosts.run(['sleep', '600'], timeout_s=600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "there\n"
+            assert f"gc{program.pid}host1" in names()
+            program.terminate()
+            assert program.wait(60) == 128 + signal.SIGTERM
+        finally:
+            program.kill()
+    assert f"gc{program.pid}" not in names()
 
 
 @pytest.mark.root

@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -59,17 +62,17 @@ class Lab:
         self._names = [f"{prefix}host{i}" for i in range(hosts)]
 
     def __enter__(self) -> Lab:
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._remove)
+            stack.enter_context(_ended_by_sigterm())
             self._build()
-        except BaseException:
-            self._remove()
-            raise
+            self._undo = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._remove()
+        self._undo.close()
 
     def _build(self) -> None:
         _command("ip", "netns", "add", self._switch)
@@ -198,6 +201,19 @@ def check_privileges() -> None:
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             raise ConfigError(f"hosts as network namespaces need the command {tool!r}: install iproute2")
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """In here SIGTERM raises SystemExit, so that nothing is left behind; but not if the program has its own ideas."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Lines:
