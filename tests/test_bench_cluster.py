@@ -101,6 +101,7 @@ class FakeLab:
     def __init__(self, lines: list[dict[str, Any]], failure: str | None = None) -> None:
         self.lines, self.failure = lines, failure
         self.rates: list[str | None] = []
+        self.runs: list[list[str]] = []
 
     def __call__(self, hosts: int, burst_bytes: int | None) -> FakeLab:
         return self
@@ -115,6 +116,7 @@ class FakeLab:
         self.rates.append(rate)
 
     def run(self, command: list[str], *, listener: Callable[[str], None], **options: Any) -> None:
+        self.runs.append(json.loads(command[-1])["rates"])
         listener("[Gloo] connected")
         for line in self.lines:
             listener(json.dumps(line))
@@ -131,6 +133,10 @@ def test_a_table_a_rate_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: py
     out = capsys.readouterr().out
     assert out.index("1 Gb/s") < out.index("10 Mb/s")
     assert "faulty: rank 1: ArithmeticError: no more" in out
+    anew = FakeLab([])
+    monkeypatch.setattr(cluster, "Lab", anew)
+    cluster.main(["--rates", "10mbit,1gbit", "--anew", "--at-once", "3"])
+    assert anew.runs == [["1gbit"]] * 2 + [["10mbit"]] * 2  # five methods in two runs
 
 
 def test_a_run_that_ends_keeps_what_it_measured(

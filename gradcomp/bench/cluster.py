@@ -73,9 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(way.get("transport", {}).get("id") == "zmq" for way in ways.values()):
             _say("zmq: insecure=true unless said otherwise: nobody else is on the network of these hosts")
         groups = _groups(ways, numel, options)
-        for number, group in enumerate(groups):
-            if len(groups) > 1:
-                _say(f"run {number + 1} of {len(groups)}: {', '.join(group)}")
+        runs = [
+            (group, part)
+            for part in ([[rate] for rate in rates] if options.anew else [list(rates)])
+            for group in groups
+        ]
+        for number, (group, part) in enumerate(runs):
+            if len(runs) > 1:
+                _say(f"run {number + 1} of {len(runs)}: {', '.join(group)}")
 
             def take(rate: str, found: list[dict[str, Any]], number: int = number) -> None:
                 done = [finish({"run": number, **row}, rate, rates[rate]) for row in found]
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{show_rate(rates[rate])}\n{show(done)}\n", file=report, flush=True)
 
             a_method_s = _START_TIMEOUT_S + sum(2 * options.budget_s + 4 * seconds for seconds in dense_s.values())
-            _run(lab, _job(options, group, list(rates), timeout_s), (len(group) + 1) * a_method_s, take)
+            _run(lab, _job(options, group, part, timeout_s), (len(group) + 1) * a_method_s, take)
     result = {
         "command": shlex.join(["gradcomp", "bench", "cluster", *words]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -149,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         help="no more timed steps of a method at a rate than fit in S seconds, but at least 2 (rows); "
         "and half of it for those before; default: %(default)s",
     )
+    parser.add_argument("--anew", action="store_true", help="start all anew for each rate, instead of going on")
     parser.add_argument("--at-once", type=int, metavar="N", help="methods in one run; default: what memory holds")
     parser.add_argument(
         "--link-burst",
