@@ -41,8 +41,8 @@ class Method:
         alone: take steps without DDP's exchange.
 
     Attributes:
-        optimizer: to be attached, or whose model's hook is registered, before the first step.
-        sync: what was attached, if anything.
+        optimizer: the model's.
+        sync: what was attached to it, or registered with the model's DDP, if anything was.
         times_s: of the steps that count.
         stats: of them, what the exchange said after each.
     """
