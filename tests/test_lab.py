@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,49 @@ def test_links_have_the_rate_asked_for_and_then_another() -> None:
         assert "rate 1500Mbit" in shaped(hosts, 0)
         with pytest.raises(ConfigError, match=r"rate='slow' is not allowed"):
             hosts.set_rate("slow")
+        hosts.set_rate(None)
+        assert "tbf" not in shaped(hosts, 1)
+    with Lab(2, "10mbit", burst_bytes=128 << 10) as hosts:
+        assert "burst 128Kb" in shaped(hosts, 0)
+
+
+@pytest.mark.root
+def test_what_the_first_rank_says_is_heard_while_it_runs(tmp_path: Path) -> None:
+    answer = tmp_path / "answer"
+    script = (
+        "import os, pathlib, sys, time; print('half', end='', flush=True); print(' a line', flush=True)\n"
+        "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)\n"
+        "print('answered')"
+    )
+    heard: list[str] = []
+
+    def listen(line: str) -> None:
+        heard.append(line)
+        answer.touch()
+
+    with Lab(2) as hosts:
+        hosts.run([sys.executable, "-c", script, str(answer)], timeout_s=60, listener=listen)
+    assert heard == ["half a line", "answered"]
+
+
+@pytest.mark.root
+def test_sigterm_leaves_nothing_behind() -> None:
+    script = (
+        "from gradcomp.bench.lab import Lab\n"
+        "with Lab(2) as hosts:\n"
+        "    print('there', flush=True)\n"
+        "    hosts.run(['sleep', '600'], timeout_s=600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "there\n"
+            assert f"gc{program.pid}host1" in names()
+            program.terminate()
+            assert program.wait(60) == 128 + signal.SIGTERM
+        finally:
+            program.kill()
+    assert f"gc{program.pid}" not in names()
 
 
 @pytest.mark.root
@@ -68,3 +113,8 @@ def test_without_root_or_tools_it_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_cannot_be_is_refused(hosts: int, rate: str | None, named: str) -> None:
     with pytest.raises(ConfigError, match=f"lab: {named}="):
         Lab(hosts, rate)
+
+
+def test_a_burst_holds_a_segment() -> None:
+    with pytest.raises(ConfigError, match="lab: burst_bytes=1500"):
+        Lab(2, burst_bytes=1500)

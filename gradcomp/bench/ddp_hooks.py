@@ -9,76 +9,46 @@ minute. Rank 0 prints medians, how many times faster than DDP's float32 each is,
 backward hid.
 """
 
-# No "from __future__ import annotations": DDP looks at a hook's annotations, which must be types.
+from __future__ import annotations
+
 import argparse
 import json
 import os
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import gradcomp
-from gradcomp.bench.step_time import MODELS, batch_for, step
-from gradcomp.engine import GradientExchange
+from gradcomp.bench.methods import STAGES, TORCH_HOOKS, Method, transport_for
+from gradcomp.bench.step_time import MODELS, batch_for
 
 __all__ = ["main"]
 
 
-def _bf16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """torch's hook under another name: by its own, DDP refuses it without NCCL, although Gloo can do it."""
-    return default_hooks.bf16_compress_hook(state, bucket)  # type: ignore[arg-type]
-
-
-_STAGES = ("hidden_fraction", "compress_ms", "wait_ms", "decompress_ms", "ratio")
-_TORCH_HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": _bf16}
-
-
-class _Method:
-    """A model of its own, trained one way."""
-
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name = name
-        self.times_s: list[float] = []
-        self.stats: list[dict[str, float]] = []
-        self.sync: GradientExchange | None = None
-        torch.manual_seed(0)
-        self.model = DistributedDataParallel(
-            MODELS[options.model]().to(options.device),
-            bucket_cap_mb=options.bucket_cap_mb,
-            gradient_as_bucket_view=options.gradient_as_bucket_view,
+def _method(name: str, options: argparse.Namespace) -> Method:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(
+        MODELS[options.model]().to(options.device),
+        bucket_cap_mb=options.bucket_cap_mb,
+        gradient_as_bucket_view=options.gradient_as_bucket_view,
+    )
+    method = Method(name, model, alone=name == "compute")
+    if name in TORCH_HOOKS:
+        model.register_comm_hook(None, TORCH_HOOKS[name])
+    elif name not in ("compute", "fp32"):
+        method.sync = gradcomp.integrations.ddp.register(
+            model,
+            name,
+            None if options.transport is None else transport_for(options.transport, name),
+            exchange=options.exchange,
+            bucket_bytes=int(options.bucket_cap_mb * 2**20),
+            digest_every=0,
         )
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
-        if name in _TORCH_HOOKS:
-            self.model.register_comm_hook(None, _TORCH_HOOKS[name])
-        elif name not in ("compute", "fp32"):
-            self.sync = gradcomp.integrations.ddp.register(
-                self.model,
-                name,
-                _apart(options.transport, name),
-                exchange=options.exchange,
-                bucket_bytes=int(options.bucket_cap_mb * 2**20),
-                digest_every=0,
-            )
-
-    def run(self, inputs: Tensor, targets: Tensor) -> None:
-        """One step."""
-        context = self.model.no_sync() if self.name == "compute" else nullcontext()
-        step(self.model, self.optimizer, inputs, targets, context)
-
-
-def _apart(transport: str | None, name: str) -> gradcomp.Transport | None:
-    """A transport for each method: over ZeroMQ, as runs of different names."""
-    if transport is None:
-        return None
-    spec = f"{transport}{',' if ':' in transport else ':'}run={json.dumps(name)}"
-    return gradcomp.transport(spec if transport.startswith("zmq") else transport)
+    return method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     inputs, targets = batch_for(options.model, options.batch_size, options.device)
     dist.init_process_group(options.backend)
-    methods = [_Method(name, options) for name in ("compute", "fp32", *_TORCH_HOOKS, *options.compressor)]
+    methods = [_method(name, options) for name in ("compute", "fp32", *TORCH_HOOKS, *options.compressor)]
     for round_number in range(options.warm_up + options.steps):
         for method in methods:
             dist.barrier()
@@ -118,21 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.device == "cuda":
                 torch.cuda.synchronize()
             if round_number >= options.warm_up:
-                method.times_s.append(time.perf_counter() - start)
-                if method.sync is not None:
-                    stats = method.sync.stats()
-                    method.stats.append({key: stats[key] for key in _STAGES})
+                method.note(time.perf_counter() - start)
     if dist.get_rank() == 0:
         _report(options, methods)
     dist.barrier()
     for method in methods:
-        if method.sync is not None:
-            method.sync.close()
+        method.close()
     dist.destroy_process_group()
     return 0
 
 
-def _report(options: argparse.Namespace, methods: list[_Method]) -> None:
+def _report(options: argparse.Namespace, methods: list[Method]) -> None:
     medians = {method.name: statistics.median(method.times_s) * 1e3 for method in methods}
     rows = [
         {
@@ -140,7 +106,7 @@ def _report(options: argparse.Namespace, methods: list[_Method]) -> None:
             "step_ms": round(medians[method.name], 1),
             "faster_than_fp32": round(medians["fp32"] / medians[method.name], 2),
             "times_compute": round(medians[method.name] / medians["compute"], 2),
-            **{key: round(statistics.median(row[key] for row in method.stats), 3) for key in _STAGES if method.stats},
+            **{key: round(value, 3) for key, value in method.stages().items()},
         }
         for method in methods
     ]
@@ -148,9 +114,7 @@ def _report(options: argparse.Namespace, methods: list[_Method]) -> None:
         numel = sum(p.numel() for p in methods[0].model.parameters())
         print(json.dumps({"model": options.model, "parameters": numel, "methods": rows}), flush=True)
         return
-    print(
-        f"{'method':28}" + "".join(f"{key:>17}" for key in ("step_ms", "faster_than_fp32", "times_compute", *_STAGES))
-    )
+    print(f"{'method':28}" + "".join(f"{key:>17}" for key in ("step_ms", "faster_than_fp32", "times_compute", *STAGES)))
     for row in rows:
         print(f"{row['method']:28}" + "".join(f"{value:>17}" for value in [*row.values()][1:]), flush=True)
 

@@ -44,6 +44,11 @@ def vgg() -> nn.Module:
     return vgg11()[1:]
 
 
+def tiny() -> nn.Module:
+    """101k parameters: to try a benchmark out."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 32), nn.ReLU(), nn.Linear(32, 64), nn.Linear(64, 10))
+
+
 def vgg16() -> nn.Module:
     """VGG-16 for 224x224 images and 1,000 classes, 138M parameters: for machines with a GPU."""
     layers: list[nn.Module] = []
@@ -57,7 +62,7 @@ def vgg16() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), *dense)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense_heavy, "vgg11": vgg, "vgg16": vgg16}
+MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense_heavy, "tiny": tiny, "vgg11": vgg, "vgg16": vgg16}
 
 
 def batch_for(model: str, size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
