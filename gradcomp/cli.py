@@ -30,6 +30,7 @@ BENCHMARKS = {
     "step-time": "gradcomp.bench.step_time",
     "ddp-hooks": "gradcomp.bench.ddp_hooks",
     "memory": "gradcomp.bench.memory",
+    "train": "gradcomp.bench.train",
 }
 TOOLS: dict[str, tuple[str, str]] = {}  # command: its module, and what it is for
 

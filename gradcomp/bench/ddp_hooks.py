@@ -28,7 +28,7 @@ import gradcomp
 from gradcomp.bench.step_time import MODELS, batch_for, step
 from gradcomp.engine import GradientExchange
 
-__all__ = ["main"]
+__all__ = ["TORCH_HOOKS", "main"]
 
 
 def _bf16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
@@ -37,7 +37,7 @@ def _bf16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
 
 
 _STAGES = ("hidden_fraction", "compress_ms", "wait_ms", "decompress_ms", "ratio")
-_TORCH_HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": _bf16}
+TORCH_HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": _bf16}
 
 
 class _Method:
@@ -55,8 +55,8 @@ class _Method:
             gradient_as_bucket_view=options.gradient_as_bucket_view,
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
-        if name in _TORCH_HOOKS:
-            self.model.register_comm_hook(None, _TORCH_HOOKS[name])
+        if name in TORCH_HOOKS:
+            self.model.register_comm_hook(None, TORCH_HOOKS[name])
         elif name not in ("compute", "fp32"):
             self.sync = gradcomp.integrations.ddp.register(
                 self.model,
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     inputs, targets = batch_for(options.model, options.batch_size, options.device)
     dist.init_process_group(options.backend)
-    methods = [_Method(name, options) for name in ("compute", "fp32", *_TORCH_HOOKS, *options.compressor)]
+    methods = [_Method(name, options) for name in ("compute", "fp32", *TORCH_HOOKS, *options.compressor)]
     for round_number in range(options.warm_up + options.steps):
         for method in methods:
             dist.barrier()
