@@ -46,7 +46,7 @@ def draw_progress(
         if target is not None:
             axes.axhline(target, color="gray", linewidth=1, linestyle=":")
         axes.grid(alpha=0.3)
-    times.legend(fontsize=8, loc="lower right")
+    figure.legend(*times.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     save_figure(figure, path, option)
 
 
