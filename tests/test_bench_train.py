@@ -19,7 +19,7 @@ from gradcomp.bench.train_results import Point, Results, Run, seconds_to, summar
 from gradcomp.cli import main
 from gradcomp.errors import ConfigError, WorkerFailed
 
-DEADLINE_S = 240
+DEADLINE_S = 400
 TASK = """
 import torch
 from torch import nn

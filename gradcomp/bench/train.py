@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -247,7 +248,10 @@ def _run_all(bench: Bench, methods: Sequence[Method], seeds: Sequence[int], resu
     """What is not there yet, method by method for each seed in turn: a machine that drifts drifts for all of them."""
     left = [(seed, method) for seed in seeds for method in methods if results.run(bench.of(method, seed)) is None]
     with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(Lab(bench.workers, bench.rate)) if bench.rate is not None and left else None
+        lab = None
+        if bench.rate is not None and left:
+            stack.enter_context(_termination_unwinds())
+            lab = stack.enter_context(Lab(bench.workers, bench.rate))
         for number, (seed, method) in enumerate(left, 1):
             started = time.perf_counter()
             outcome: Run | str
@@ -262,6 +266,20 @@ def _run_all(bench: Bench, methods: Sequence[Method], seeds: Sequence[int], resu
             print(
                 f"{number}/{len(left)}  {method.name}, seed {seed}: {said} ({took:.0f} s)", file=sys.stderr, flush=True
             )
+
+
+@contextlib.contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """SIGTERM ends this process as an exception does: no host is left behind."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(
