@@ -171,6 +171,7 @@ def test_bytes_of_a_run_are_the_kernels_where_it_counted(tmp_path: Path) -> None
 
 
 def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     texts = ["none", *(f"topk:ratio={share}" for share in (0.1, 0.01)), "onebit", "ddp:fp16", "qsgd"]
     methods = parse_methods(texts)
     runs = {m.name: [made(80.0 + i, 90.0 + i + s, ratio=2.0**i) for s in (0, 1)] for i, m in enumerate(methods[:-2])}

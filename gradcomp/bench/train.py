@@ -137,8 +137,8 @@ def _run_in(lab: Lab, assignment: Assignment) -> None:
         lab.run(command, timeout_s=assignment.timeout_s + _GRACE_S)
     except WorkerFailed as error:
         failures = read_failures(Path(assignment.folder))
-        # Without one, what the lab says, less the command.
-        raise WorkerFailed(explain(failures, {}) if failures else str(error).replace(" ".join(command), "")) from None
+        said = str(error).removeprefix(f"{' '.join(command)}: ")
+        raise WorkerFailed(explain(failures, {}) if failures else said) from None
 
 
 @contextlib.contextmanager
@@ -230,11 +230,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method in methods:
         bench.check(method)
     for option, path in (("--png", options.png), ("--curve", options.curve)):
-        if path is not None and (new_figure(1, 1), not Path(path).resolve().parent.is_dir())[1]:
-            raise ConfigError(f"{option} {path}: its folder does not exist")
+        if path is not None:
+            _check_picture(option, path)
     results = Results(options.results)
     _run_all(bench, methods, options.seeds, results)
     return _report(bench, methods, dense, results, options)
+
+
+def _check_picture(option: str, path: str) -> None:
+    """Hours later is too late to find out."""
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"{option} {path}: its folder does not exist")
+    new_figure(1, 1)
 
 
 def _dense(methods: Sequence[Method], given: str | None) -> str | None:
