@@ -31,6 +31,7 @@ BENCHMARKS = {
     "ddp-hooks": "gradcomp.bench.ddp_hooks",
     "memory": "gradcomp.bench.memory",
     "cluster": "gradcomp.bench.cluster",
+    "train": "gradcomp.bench.train",
 }
 TOOLS: dict[str, tuple[str, str]] = {}  # command: its module, and what it is for
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradcomp.errors import ConfigError
+from gradcomp.integrations.curves import evaluated_steps, new_figure, save_figure
 from gradcomp.integrations.launch import launch
 from gradcomp.integrations.report import size, table
 from gradcomp.integrations.worker import RunOptions
@@ -72,8 +73,7 @@ def _train(label: str, compressor: str, seed: int) -> _Run:
         )
         options.check()
         launch(options.to_arguments(), workers=WORKERS)
-        records = [json.loads(line) for line in log.read_text().splitlines()]
-        curve = [(record["time_s"], record["accuracy"]) for record in records if "accuracy" in record]
+        curve = [(record["time_s"], record["accuracy"]) for record in evaluated_steps(log)]
         return _Run(label, json.loads(summary.read_text()), curve)
 
 
@@ -97,11 +97,7 @@ def _compare(runs: list[_Run]) -> str:
 
 
 def _draw(runs: list[_Run], out: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     for run in runs:
         sent = size(run.result["bytes_sent"])
@@ -111,7 +107,4 @@ def _draw(runs: list[_Run], out: str) -> None:
     axes.set_title(f"Digits, {WORKERS} workers, links of 100 Mbit/s")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--out {out}: {error}") from None
+    save_figure(figure, out, "--out")

@@ -29,6 +29,7 @@ from gradcomp.options import check_integer
 __all__ = ["Failure", "follow_parent", "launch", "record_failure", "threads_per_worker"]
 
 MAX_WORKERS = 1024
+WORKER = ("-m", "gradcomp", "worker", "--launched")
 _ELASTIC = "torch.distributed.elastic"
 
 
@@ -38,8 +39,11 @@ def threads_per_worker(workers: int) -> int:
     return max(1, cores // workers)
 
 
-def launch(worker_arguments: Sequence[str], *, workers: int) -> None:
+def launch(worker_arguments: Sequence[str], *, workers: int, program: Sequence[str] = WORKER) -> None:
     """Run ``gradcomp worker`` with ``worker_arguments`` in ``workers`` processes until all are done.
+
+    Args:
+        program: another one, as Python's own arguments; it tells of failures with :func:`record_failure`.
 
     OMP_NUM_THREADS is set to the cores divided by the workers, unless it is set already.
 
@@ -65,7 +69,7 @@ def launch(worker_arguments: Sequence[str], *, workers: int) -> None:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        command = ["-m", "gradcomp", "worker", "--launched", *worker_arguments]
+        command = [*program, *worker_arguments]
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
