@@ -7,9 +7,15 @@ import shutil
 
 import pytest
 import torch
+import zygote
 
 # Ranks are threads or processes beside each other: one torch thread each, or they fight over the cores.
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    """The process that forks ranks ends with the tests."""
+    zygote.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
