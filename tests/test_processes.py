@@ -55,7 +55,7 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        self.processes: list[subprocess.Popen[Any]] = []
+        self.processes: list[zygote.Popen] = []
 
     def start(self, rank: int, world_size: int, **options: Any) -> None:
         env = os.environ | {

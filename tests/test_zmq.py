@@ -347,7 +347,7 @@ sys.exit(3)  # without closing
 """
 
 
-def _start(world_size: int, program: str) -> list[subprocess.Popen[Any]]:
+def _start(world_size: int, program: str) -> list[zygote.Popen]:
     shared = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")} | {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
@@ -362,12 +362,12 @@ def _start(world_size: int, program: str) -> list[subprocess.Popen[Any]]:
     ]
 
 
-def _kill(processes: list[subprocess.Popen[Any]]) -> None:
+def _kill(processes: list[zygote.Popen]) -> None:
     for process in processes:
         process.kill()
 
 
-def _says(process: subprocess.Popen[Any], line: str) -> None:
+def _says(process: zygote.Popen, line: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == line + "\n"
 

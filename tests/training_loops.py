@@ -283,9 +283,7 @@ def ddp() -> dict[str, list[Result]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__]
         env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        processes = [
-            Popen([*command, str(rank), str(WORLD_SIZE), folder], env=env) for rank in range(WORLD_SIZE)
-        ]
+        processes = [Popen([*command, str(rank), str(WORLD_SIZE), folder], env=env) for rank in range(WORLD_SIZE)]
         try:
             assert [process.wait(DEADLINE_S) for process in processes] == [0] * WORLD_SIZE
         finally:

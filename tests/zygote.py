@@ -92,14 +92,27 @@ class Zygote:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
         self._socket.settimeout(START_S)
-        try:
-            self.usable = self._socket.recv(1) == b"1"
-        except OSError:
-            self.usable = False
+        self._usable: bool | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can fork; known, and waited for, when it has imported all it imports."""
+        with self._lock:
+            if self._usable is None:
+                try:
+                    self._usable = self._socket.recv(1) == b"1"
+                except OSError:
+                    self._usable = False
+            return self._usable
+
+    def differs(self, environment: Mapping[str, str]) -> bool:
+        """Whether a fresh interpreter in this environment would not be what a child is."""
+        names = filter(READ_EARLY.match, {*environment, *self.environment})
+        return any(environment.get(name) != self.environment.get(name) for name in names)
 
     def fork(self, job: Mapping[str, Any], descriptors: Sequence[int]) -> int:
         """A child of this process that does ``job``; its pid."""
@@ -114,8 +127,6 @@ class Zygote:
 
     def close(self) -> None:
         self._socket.close()
-        assert self._process.stderr is not None
-        self._process.stderr.close()
         self._process.kill()
         self._process.wait()
 
@@ -126,13 +137,13 @@ class _Shared:
 
 
 def zygote() -> Zygote | None:
-    """That of this process, started when first asked for; None where there can be none."""
+    """That of this process, started when first asked for and not waited for; None where there can be none."""
     if not sys.platform.startswith("linux") or os.environ.get("GRADCOMP_TEST_PROCESSES") == "fresh":
         return None
     with _Shared.lock:
         if _Shared.zygote is None:
             _Shared.zygote = Zygote()
-        return _Shared.zygote if _Shared.zygote.usable else None
+        return _Shared.zygote
 
 
 def close() -> None:
@@ -153,11 +164,7 @@ class Popen(subprocess.Popen[Any]):
     # Nobody promises that this method stays. Where it is not called, children are fresh interpreters; a test says so.
     def _execute_child(self, *given: Any) -> None:
         parent = zygote() if self._job is not None else None
-        if parent is None or any(
-            self._job["env"].get(name) != parent.environment.get(name)
-            for name in {*self._job["env"], *parent.environment}
-            if READ_EARLY.match(name)
-        ):
+        if parent is None or parent.differs(self._job["env"]) or not parent.usable:
             super()._execute_child(*given)  # type: ignore[misc]
             return
         pipes = given[10:16]
@@ -302,8 +309,10 @@ def _seed_and_threads(threads: int, usual: int) -> None:
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+    torch = sys.modules["torch"]
+    torch.default_generator.seed()
     if threads != usual:
-        sys.modules["torch"].set_num_threads(threads)
+        torch.set_num_threads(threads)
 
 
 def main() -> None:
