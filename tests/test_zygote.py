@@ -112,7 +112,7 @@ def test_children_die_with_the_tests_process(tmp_path: Path) -> None:
     sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     parent = (
         f"import sys; sys.path.insert(0, {str(Path(zygote.__file__).parent)!r})\nimport zygote\n"
-        f"zygote.PRELOADED = ()\nzygote.Popen([sys.executable, '-c', {sleeper!r}]).wait()\n"
+        f"zygote._Shared.zygote = zygote.Zygote(modules=[])\nzygote.Popen([sys.executable, '-c', {sleeper!r}]).wait()\n"
     )
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -80,7 +80,7 @@ def _prctl(option: int, value: int) -> bool:
 class Zygote:
     """The process that forks, and a socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str] = PRELOADED) -> None:
         self.environment = dict(os.environ)
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -88,7 +88,7 @@ class Zygote:
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"OPENBLAS_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno()), *modules],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -219,7 +219,7 @@ def _job(args: list[str], options: dict[str, Any], new_session: bool) -> dict[st
 # -- the zygote --------------------------------------------------------------------------------------------------------
 
 
-def serve(control: socket.socket) -> tuple[dict[str, Any], int, list[str]]:
+def serve(control: socket.socket, modules: Sequence[str]) -> tuple[dict[str, Any], int, list[str]]:
     """Fork a child for every request, and end with the process that asks; in a child it returns.
 
     Returns:
@@ -229,11 +229,12 @@ def serve(control: socket.socket) -> tuple[dict[str, Any], int, list[str]]:
     sys.path.pop(0)  # the folder of this file
     theirs = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = [entry for entry in sys.path if entry not in theirs]
-    for name in PRELOADED:
+    for name in modules:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    threads = sys.modules["torch"].get_num_threads()
-    alone = len(os.listdir("/proc/self/task")) == 1 and not sys.modules["torch"].cuda.is_initialized()
+    torch = sys.modules.get("torch")
+    threads = 1 if torch is None else torch.get_num_threads()
+    alone = len(os.listdir("/proc/self/task")) == 1 and not (torch and torch.cuda.is_initialized())
     control.send(b"1" if alone else b"0")
     gc.collect()
     gc.freeze()
@@ -309,15 +310,15 @@ def _seed_and_threads(threads: int, usual: int) -> None:
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
-    torch = sys.modules["torch"]
-    torch.default_generator.seed()
-    if threads != usual:
-        torch.set_num_threads(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
+        if threads != usual:
+            sys.modules["torch"].set_num_threads(threads)
 
 
 def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as control:
-        job, threads, path = serve(control)
+        job, threads, path = serve(control, sys.argv[2:])
     program = become(job, threads, path)
     if isinstance(program, str):
         runpy.run_module(program, run_name="__main__", alter_sys=True)
