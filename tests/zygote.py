@@ -60,8 +60,9 @@ PRELOADED = (
     "gradcomp.transports.zmq",
 )
 # Variables that are read when Python starts or a module is imported: too late after the fork.
+# (Not those that torch and scikit-learn set themselves while they are imported: TORCHINDUCTOR_CACHE_DIR, KMP_...)
 READ_EARLY = re.compile(
-    r"PYTHON(?!UNBUFFERED$|PATH$)|LD_|GRADCOMP_KERNELS|OMP_(?!NUM_THREADS$)|GOMP|KMP|MKL|OPENBLAS|TORCH(?!ELASTIC)|PYTORCH"
+    r"PYTHON(?!UNBUFFERED$|PATH$)|LD_|GRADCOMP_KERNELS|OMP_(?!NUM_THREADS$)|MKL_|TORCH_|TORCHDYNAMO_|PYTORCH_"
 )
 KNOWN_OPTIONS = {"bufsize", "cwd", "encoding", "env", "errors", "stderr", "stdin", "stdout", "text"}
 START_S = 120.0
