@@ -41,7 +41,7 @@ def test_what_torch_and_sklearn_set_while_imported_changes_nothing() -> None:
 
 @forks
 def test_what_is_read_early_makes_a_fresh_interpreter() -> None:
-    assert said("-c", LOADED, env=os.environ | {"GRADCOMP_KERNELS": "torch"}) == "False\n"
+    assert said("-c", LOADED, env=os.environ | {"TORCH_UNHEARD_OF": "1"}) == "False\n"
     assert said("-W", "error", "-c", LOADED) == "False\n"
     assert said("-c", LOADED, umask=0o77) == "False\n"
 
