@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 import pytest
 import torch
 
 # Ranks are threads or processes beside each other: one torch thread each, or they fight over the cores.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Where tests start processes of Python, have the one that forks them get ready meanwhile."""
+    if "zygote" in sys.modules:
+        sys.modules["zygote"].zygote()
+
+
+def pytest_unconfigure() -> None:
+    if "zygote" in sys.modules:
+        sys.modules["zygote"].close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

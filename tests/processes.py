@@ -13,6 +13,8 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
+import zygote
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PRELUDE = """
@@ -75,7 +77,7 @@ def run_script(
             }
             arguments = [sys.executable, str(script), json.dumps(dict(options or {}))]
             with (Path(folder) / f"out{rank}").open("w") as out, (Path(folder) / f"err{rank}").open("w") as err:
-                processes.append(subprocess.Popen(arguments, env=env, stdout=out, stderr=err))
+                processes.append(zygote.Popen(arguments, env=env, stdout=out, stderr=err))
         end = time.monotonic() + deadline_s
         try:
             for process in processes:
@@ -106,7 +108,7 @@ class Process:
         self._log = log
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment or {})
         with log.open("a") as out:
-            self.process = subprocess.Popen(
+            self.process = zygote.Popen(
                 [sys.executable, *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment
             )
 

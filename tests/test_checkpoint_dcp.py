@@ -19,6 +19,7 @@ import pytest
 import torch
 from ranks import run_ranks, small_net
 from test_checkpoint import Run, alone, edit
+from zygote import Popen
 
 import gradcomp
 from gradcomp.errors import StateError
@@ -181,7 +182,7 @@ def run_scripts(folder: Path, runs: list[tuple[int, list[str]]], *imports: str) 
     launcher.write_text(RANKS)
     plan = [[str(folder / f"out-{i}"), world_size, *command] for i, (world_size, command) in enumerate(runs)]
     arguments = [sys.executable, str(launcher), json.dumps(plan), *imports]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             _, errors = process.communicate(timeout=DEADLINE_S)
         finally:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zygote
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def torchrun(script: str, *arguments: str, workers: int = 2) -> str:
     """What an example prints, run by torchrun on this machine."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    done = subprocess.run(
+    done = zygote.run(
         [sys.executable, *command, str(ROOT / "examples" / script), *arguments],
         capture_output=True,
         text=True,

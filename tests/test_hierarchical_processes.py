@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from namespaces import ip, two_hosts
+from zygote import Popen
 
 DEADLINE_S = 240  # four processes import torch first, perhaps on a busy machine
 SCRIPT = """
@@ -47,16 +48,16 @@ except gradcomp.GradcompError as error:
 
 def start(
     script: Path, rank: int, *, master: str, port: int, prefix: tuple[str, ...] = (), steps: int = 20, **exchange: Any
-) -> subprocess.Popen[str]:
+) -> Popen:
     """One of 2 x 2 ranks."""
     torchrun = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 2}
     env = os.environ | {name: str(value) for name, value in torchrun.items()}
     env |= {"MASTER_ADDR": master, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     options = json.dumps({"exchange": exchange, "steps": steps})
-    return subprocess.Popen([*prefix, sys.executable, str(script), options], env=env, stdout=subprocess.PIPE, text=True)
+    return Popen([*prefix, sys.executable, str(script), options], env=env, stdout=subprocess.PIPE, text=True)
 
 
-def line(process: subprocess.Popen[str]) -> dict[str, Any]:
+def line(process: Popen) -> dict[str, Any]:
     assert process.stdout is not None
     found: dict[str, Any] = json.loads(process.stdout.readline())
     return found
@@ -70,9 +71,9 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[str]]]:
+def processes() -> Iterator[list[Popen]]:
     """Started by the test; ended here, and after the deadline, which ends what the test reads from them, too."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Popen] = []
     deadline = threading.Timer(DEADLINE_S, lambda: [process.kill() for process in started])
     deadline.start()
     yield started
@@ -89,7 +90,7 @@ def free_port() -> int:
         return port
 
 
-def test_processes(script: Path, processes: list[subprocess.Popen[str]]) -> None:
+def test_processes(script: Path, processes: list[Popen]) -> None:
     port = free_port()
     exchange = {"local": "gloo:timeout_s=60", "between": "zmq:timeout_s=60", "local_dtype": "bfloat16"}
     processes += [start(script, rank, master="127.0.0.1", port=port, **exchange) for rank in range(4)]
@@ -100,7 +101,7 @@ def test_processes(script: Path, processes: list[subprocess.Popen[str]]) -> None
         assert (stats["bytes_sent_between"] > 0) == (rank % 2 == 0)
 
 
-def test_a_process_that_is_killed_takes_all_others_along(script: Path, processes: list[subprocess.Popen[str]]) -> None:
+def test_a_process_that_is_killed_takes_all_others_along(script: Path, processes: list[Popen]) -> None:
     port = free_port()
     exchange = {"local": "zmq:ipc=true,timeout_s=30", "between": "gloo:timeout_s=30"}
     processes += [start(script, rank, master="127.0.0.1", port=port, steps=10**9, **exchange) for rank in range(4)]
@@ -129,7 +130,7 @@ def crossed_bytes(host: str) -> int:
 
 
 @pytest.mark.root
-def test_two_hosts_of_two_ranks(script: Path, processes: list[subprocess.Popen[str]], hosts: list[str]) -> None:
+def test_two_hosts_of_two_ranks(script: Path, processes: list[Popen], hosts: list[str]) -> None:
     steps = 40
     exchange = {"local": "gloo:timeout_s=60", "between": "zmq:insecure=true,timeout_s=60"}
     for rank in range(4):

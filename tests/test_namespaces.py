@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from namespaces import two_hosts
+from zygote import Popen
 
 pytestmark = pytest.mark.root
 
@@ -47,7 +48,7 @@ def hosts() -> Iterator[list[str]]:
 
 def run_on(hosts: list[str], script: Path, transport: str) -> list[dict[str, object]]:
     processes = [
-        subprocess.Popen(
+        Popen(
             ["ip", "netns", "exec", host, sys.executable, str(script), str(rank), transport],
             env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "10.78.0.1", "MASTER_PORT": "29544"},
             stdout=subprocess.PIPE,

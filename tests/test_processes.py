@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zygote
 
 DEADLINE_S = 90
 # Rank 0..n-1 train until something goes wrong; each prints one line when training runs, one when it failed.
@@ -54,7 +55,7 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[zygote.Popen] = []
 
     def start(self, rank: int, world_size: int, **options: Any) -> None:
         env = os.environ | {
@@ -64,7 +65,7 @@ class Ranks:
             "MASTER_PORT": str(self._port),
         }
         self.processes.append(
-            subprocess.Popen(
+            zygote.Popen(
                 [sys.executable, str(self._script), json.dumps(options)],
                 env=env,
                 stdin=subprocess.PIPE,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zygote
 from processes import run_script
 
 pytest.importorskip("sklearn")
@@ -20,7 +20,7 @@ RUN = "import runpy\nsys.argv = OPTIONS['argv']\nrunpy.run_path(sys.argv[0], run
 def run_by_torchrun(*arguments: str) -> list[dict[str, Any]]:
     """What an example prints, run by two processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
+    done = zygote.run(
         [sys.executable, *torchrun, str(EXAMPLES / arguments[0]), *arguments[1:]],
         capture_output=True,
         text=True,

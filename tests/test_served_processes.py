@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from processes import free_port
+from zygote import Popen, run
 
 DEADLINE_S = 120.0
 
@@ -74,7 +75,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_train_starts_servers_and_workers(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(TASK)
     command = ["train", "task.py", "--workers", "2", "--servers", "2", "--mode", "ssp:staleness=2", "--json", "--quiet"]
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-m", "gradcomp", *command, "--compressor", "threshold:density=0.1", "--log", "run.jsonl"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
@@ -98,16 +99,16 @@ def test_train_starts_servers_and_workers(tmp_path: Path) -> None:
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def process(*arguments: str) -> Iterator[Popen]:
     """One that is killed at the end, if it is still there."""
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as started:
+    with Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as started:
         try:
             yield started
         finally:
             started.kill()
 
 
-def read_until(worker: subprocess.Popen[str], version: int) -> dict[str, Any]:
+def read_until(worker: Popen, version: int) -> dict[str, Any]:
     assert worker.stdout is not None
     end = time.monotonic() + DEADLINE_S
     while time.monotonic() < end:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zygote
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "amp_accumulate_clip.py"
 
@@ -17,7 +17,7 @@ def test_it_trains_under_torchrun(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    done = zygote.run(
         [*command, "--epochs", "6"], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr

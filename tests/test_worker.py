@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import zygote
 
 from gradcomp.integrations.worker import RunOptions, train, work
 
@@ -67,7 +68,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return zygote.run(
         [sys.executable, *arguments],
         cwd=folder,
         env=environment(),
@@ -135,7 +136,7 @@ def test_a_killed_worker_is_named(task_file: str, tmp_path: Path) -> None:
 
 def test_an_interrupt_ends_the_workers(task_file: str, tmp_path: Path) -> None:
     arguments = ["-m", "gradcomp", "train", task_file, "--workers=2", "--epochs=100000", "--log=run.jsonl", "--quiet"]
-    process = subprocess.Popen(
+    process = zygote.Popen(
         [sys.executable, *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
     try:

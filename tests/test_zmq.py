@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 import xxhash
 import zmq
+import zygote
 
 from gradcomp.errors import ConfigError, HandshakeError, PeerLost, TransportError, TransportTimeout
 from gradcomp.handshake import pack
@@ -346,7 +347,7 @@ sys.exit(3)  # without closing
 """
 
 
-def _start(world_size: int, program: str) -> list[subprocess.Popen[str]]:
+def _start(world_size: int, program: str) -> list[zygote.Popen]:
     shared = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")} | {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
@@ -354,19 +355,19 @@ def _start(world_size: int, program: str) -> list[subprocess.Popen[str]]:
         "OMP_NUM_THREADS": "1",
     }
     return [
-        subprocess.Popen(
+        zygote.Popen(
             [sys.executable, "-c", program], env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
         )
         for rank in range(world_size)
     ]
 
 
-def _kill(processes: list[subprocess.Popen[str]]) -> None:
+def _kill(processes: list[zygote.Popen]) -> None:
     for process in processes:
         process.kill()
 
 
-def _says(process: subprocess.Popen[str], line: str) -> None:
+def _says(process: zygote.Popen, line: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == line + "\n"
 
@@ -416,7 +417,7 @@ def test_under_torchrun_the_agent_hosts_the_rendezvous(tmp_path: object) -> None
             "dist.destroy_process_group()\n"
         )
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    done = zygote.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script],
         env=environment,
         capture_output=True,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from training import (
     result,
     sgd,
 )
+from zygote import Popen
 
 WORLD_SIZE = 2
 DEADLINE_S = 240  # quiet, it takes 7
@@ -283,9 +283,7 @@ def ddp() -> dict[str, list[Result]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__]
         env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        processes = [
-            subprocess.Popen([*command, str(rank), str(WORLD_SIZE), folder], env=env) for rank in range(WORLD_SIZE)
-        ]
+        processes = [Popen([*command, str(rank), str(WORLD_SIZE), folder], env=env) for rank in range(WORLD_SIZE)]
         try:
             assert [process.wait(DEADLINE_S) for process in processes] == [0] * WORLD_SIZE
         finally:
