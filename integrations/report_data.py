@@ -17,20 +17,29 @@ __all__ = ["STAGES", "LayerGrid", "RankTimes", "accuracies", "layer_grid", "per_
 Array = NDArray[np.float64]
 
 # The stages of a step in the training thread, in their order.
-STAGES = ("data", "forward", "backward", "exchange", "optimizer")
+STAGES = ("data", "forward", "backward", "waiting", "applying", "optimizer")
 
 
-def per_bin(values: Sequence[float], bins: int) -> Array:
-    """Means of at most ``bins`` runs of values, NaN left out.
+def per_bin(values: Sequence[float] | Array, bins: int) -> Array:
+    """Means of equally many values each, at most so many means; NaN and infinities left out.
 
-    >>> per_bin([1, 3, 5, float("nan")], 2)
-    array([2., 5.])
+    >>> per_bin([1, 3, 5, float("nan"), 7], 3)
+    array([2., 5., 7.])
     """
     array = np.asarray(values, dtype=np.float64)
-    if len(array) <= bins:
+    each = _per_bin(len(array), bins)
+    if each == 1:
         return array
-    parts = np.array_split(array, bins)
-    return np.array([np.nanmean(part) if np.isfinite(part).any() else math.nan for part in parts])
+    grid = np.full((-(-len(array) // each), each), math.nan)
+    grid.flat[: len(array)] = array
+    there = np.isfinite(grid)
+    counts = there.sum(axis=1)
+    means: Array = np.where(there, grid, 0.0).sum(axis=1) / np.maximum(counts, 1)
+    return np.where(counts > 0, means, math.nan)
+
+
+def _per_bin(count: int, bins: int) -> int:
+    return max(1, math.ceil(count / bins))
 
 
 def accuracies(run: Run) -> list[dict[str, Any]]:
@@ -43,18 +52,16 @@ def stage_ms(steps: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
 
     Without ``step_ms``, as where a loop of one's own is watched, there is only what the exchange took.
     """
-    found = {
-        stage: np.nan_to_num(np.array(series(steps, key), dtype=np.float64))
-        for stage, key in (
-            ("forward", "forward_ms"),
-            ("backward", "backward_ms"),
-            ("exchange", "exposed_ms"),
-            ("optimizer", "optimizer_ms"),
-        )
-    }
-    total = np.nan_to_num(np.array(series(steps, "step_ms"), dtype=np.float64))
-    rest = np.maximum(0.0, total - sum(found.values()))
-    return {stage: found.get(stage, rest) for stage in STAGES}
+
+    def ms(key: str) -> Array:
+        return np.nan_to_num(np.array(series(steps, key), dtype=np.float64))
+
+    exposed = ms("exposed_ms")
+    found = {stage: ms(f"{stage}_ms") for stage in ("forward", "backward", "optimizer")}
+    found["waiting"] = np.minimum(ms("wait_ms"), exposed)
+    found["applying"] = exposed - found["waiting"]
+    found["data"] = np.maximum(0.0, ms("step_ms") - sum(found.values()))
+    return {stage: found[stage] for stage in STAGES}
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,9 @@ class RankTimes:
 
     Attributes:
         stages: by stage, in the training thread.
-        codec: compressing and decompressing, in whichever thread.
-        wait: of what the exchange took, waiting for the network, and so for other ranks.
+        compress, decompress: in whichever thread.
+        hidden: share of the exchange that was hidden.
+        own: all stages but waiting.
         slowest: in which share of the steps its own work took longest of all ranks.
     """
 
@@ -73,7 +81,6 @@ class RankTimes:
     stages: dict[str, float]
     compress: float
     decompress: float
-    wait: float
     hidden: float
     own: float
     slowest: float
@@ -82,15 +89,13 @@ class RankTimes:
 def rank_times(run: Run) -> list[RankTimes]:
     """Of every rank."""
     stages = {rank: stage_ms(steps) for rank, steps in run.steps.items() if steps}
-    own = {rank: sum(rows[stage] for stage in STAGES if stage != "exchange") for rank, rows in stages.items()}
+    own = {rank: sum(rows[stage] for stage in STAGES if stage != "waiting") for rank, rows in stages.items()}
     shared = min((len(values) for values in own.values()), default=0)  # type: ignore[arg-type]
     slowest = np.argmax([values[:shared] for values in own.values()], axis=0) if shared else np.empty(0)  # type: ignore[index]
     times = []
     for place, (rank, rows) in enumerate(stages.items()):
         steps = run.steps[rank]
-        mean = {
-            key: _mean(series(steps, key)) for key in ("compress_ms", "decompress_ms", "wait_ms", "hidden_fraction")
-        }
+        mean = {key: _mean(series(steps, key)) for key in ("compress_ms", "decompress_ms", "hidden_fraction")}
         times.append(
             RankTimes(
                 rank=rank,
@@ -98,7 +103,6 @@ def rank_times(run: Run) -> list[RankTimes]:
                 stages={stage: float(values.mean()) for stage, values in rows.items()},
                 compress=mean["compress_ms"],
                 decompress=mean["decompress_ms"],
-                wait=mean["wait_ms"],
                 hidden=mean["hidden_fraction"],
                 own=float(np.mean(own[rank])),
                 slowest=float((slowest == place).mean()) if shared else math.nan,
@@ -142,5 +146,6 @@ def layer_grid(run: Run, key: str, *, columns: int = 200) -> LayerGrid | None:
     # The log names parameters as they leave, the last layer first; `compressors` has the model's order.
     order = {name: place for step in run.first for place, name in enumerate(step.get("compressors", {}))}
     layers = sorted(rows, key=lambda name: order.get(name, len(order)))
-    ends = [part[-1] for part in np.array_split(series(steps, "time_s"), min(columns, len(steps)))]
-    return LayerGrid(layers, np.array(ends), np.array([per_bin(rows[name].tolist(), columns) for name in layers]))
+    each, times = _per_bin(len(steps), columns), series(steps, "time_s")
+    ends = [times[min(last, len(times) - 1)] for last in range(each - 1, len(times) + each - 1, each)]
+    return LayerGrid(layers, np.array(ends), np.array([per_bin(rows[name], columns) for name in layers]))

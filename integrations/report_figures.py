@@ -12,18 +12,19 @@ import numpy as np
 
 from gradcomp.errors import ConfigError
 from gradcomp.integrations.report_data import STAGES, accuracies, layer_grid, per_bin, rank_times, stage_ms
-from gradcomp.integrations.run_log import Run, series
+from gradcomp.integrations.run_log import Run, printable, series
 
 __all__ = ["STAGE_COLORS", "Picture", "compare", "label", "look_at"]
 
 BINS = 400
-MOST_LABELS = 36
+MOST_LABELS = 24
 MOST_RANKS = 64
 STAGE_COLORS = {
     "data": "#bab0ac",
     "forward": "#4e79a7",
     "backward": "#76b7b2",
-    "exchange": "#e15759",
+    "waiting": "#e15759",
+    "applying": "#f28e2b",
     "optimizer": "#edc948",
 }
 _RUN_COLORS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#9c755f", "#ff9da7")
@@ -46,9 +47,7 @@ class Picture:
 
 def label(text: object, most: int = 60) -> str:
     """A name as matplotlib shows it: on one line, not too long, dollars no mathematics."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in str(text)).strip() or "-"
-    if len(shown) > most:
-        shown = shown[: most // 2 - 1] + "…" + shown[-most // 2 :]
+    shown = printable(text, most)
     # A leading underscore would leave it out of the legend.
     return ("\u200a" if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
@@ -95,7 +94,7 @@ def _learning(runs: Sequence[Run]) -> Picture | None:
     if not any(run.first for run in runs):
         return None
     figure = _figure(10, 6.4)
-    grid = figure.subplots(2, 2, sharey="row")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
     for run, color in _colors(runs):
         marked = accuracies(run)
         for column, (key, unit) in enumerate((("time_s", 1.0), ("bytes_sent", 1e6))):
@@ -103,14 +102,15 @@ def _learning(runs: Sequence[Run]) -> Picture | None:
             # Thin: single steps; thick: the mean of a fiftieth of the run.
             loss = per_bin(series(run.first, "loss"), BINS)
             grid[0, column].plot(x, loss, color=color, linewidth=0.7, alpha=0.35)
-            grid[0, column].plot(per_bin(x.tolist(), 50), per_bin(loss.tolist(), 50), color=color, label=name_of(run))
+            thick = per_bin(x, 50), per_bin(loss, 50)
+            grid[0, column].plot(*thick, color=color, label=name_of(run))
             xs = np.array(series(marked, key)) / unit
             dot = "o" if len(marked) < 40 else ""
             grid[1, column].plot(xs, series(marked, "accuracy"), color=color, marker=dot, markersize=3.5)
     units = ("seconds of training", "megabytes sent by a worker")
-    for row, what in enumerate(("loss", "test accuracy in percent")):
-        for column, unit in enumerate(units):
-            _tidy(grid[row, column], unit, what if column == 0 else "")
+    for row, name in enumerate(("loss", "test accuracy in percent")):
+        for column, axis in enumerate(units):
+            _tidy(grid[row, column], axis if row else "", "" if column else name)
     grid[0, 0].legend(frameon=False)
     return Picture(
         "learning",
@@ -136,19 +136,21 @@ def _compression(runs: Sequence[Run]) -> Picture | None:
     for axes, (key, what) in zip(grid, panels, strict=True):
         for run, color in _colors(runs):
             x, y = (per_bin(series(run.first, name), BINS) for name in ("time_s", key))
-            axes.plot(x, y, color=color, linewidth=1.2, label=name_of(run))
+            if key == "density":  # which jumps from step to step
+                axes.plot(x, y, color=color, linewidth=0.7, alpha=0.35)
+                x, y = per_bin(x, 50), per_bin(y, 50)
+            axes.plot(x, y, color=color, linewidth=1.3, label=name_of(run))
         # Zero: a compressor that has none.
         lines = [line.get_ydata() for line in axes.lines]
         if key in ("density", "tau") and any((line > 0).any() for line in lines):
             axes.set_yscale("log", nonpositive="mask")
-        _tidy(axes, "seconds of training", what)
-    axes = figure.axes[0]
-    axes.legend(frameon=False)
+        _tidy(axes, "seconds of training" if key in ("tau", "residual_norm") else "", what)
+    figure.axes[0].legend(frameon=False)
     return Picture(
         "compression",
         "What compression did",
-        "Ratio: bytes of float32 gradients over bytes of packets. Density: share of the compressed elements that a step "
-        "sent; tau: their threshold. Residual norm: of what waits to be sent.",
+        "Ratio: bytes of float32 gradients over bytes of packets. Density: share of the compressed elements that a "
+        "step sent; tau: their threshold. Residual norm: of what waits to be sent.",
         figure,
     )
 
@@ -162,7 +164,7 @@ def _layers(run: Run) -> Picture | None:
     from matplotlib.colors import LogNorm
 
     rows = max(len(grid.layers) for _, grid in grids)
-    each = min(7.0, max(1.5, 0.9 + 0.17 * rows))
+    each = min(4.8, max(1.5, 0.9 + 0.17 * rows))
     figure = _figure(10, each * len(grids))
     for axes, (what, grid) in zip(np.atleast_1d(figure.subplots(len(grids), 1)), grids, strict=True):
         positive = grid.values[np.isfinite(grid.values) & (grid.values > 0)]
@@ -195,11 +197,11 @@ def _milliseconds(run: Run) -> Picture | None:
     steps = run.first
     if not steps:
         return None
-    figure = _figure(10, 5.6)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
+    figure = _figure(10, 6.2)
+    upper, codec, share = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     bins = min(BINS // 2, max(1, len(steps) // 4))
     x = per_bin(series(steps, "time_s"), bins)
-    stages = {stage: per_bin(values.tolist(), bins) for stage, values in stage_ms(steps).items()}
+    stages = {stage: per_bin(values, bins) for stage, values in stage_ms(steps).items()}
     stages = {stage: values for stage, values in stages.items() if values.any()}
     upper.stackplot(
         x, *stages.values(), labels=list(stages), colors=[STAGE_COLORS[stage] for stage in stages], linewidth=0
@@ -209,25 +211,22 @@ def _milliseconds(run: Run) -> Picture | None:
     if len(x) > 1 and np.size(total):
         upper.set_ylim(0, 1.25 * float(np.percentile(total, 97)) or 1.0)
     for key, style in (("compress_ms", "-"), ("decompress_ms", "--")):
-        name = key.replace("_ms", "ing, beside training")
-        lower.plot(x, per_bin(series(steps, key), bins), color="#555555", linestyle=style, linewidth=1, label=name)
+        name = key.removesuffix("_ms")
+        codec.plot(x, per_bin(series(steps, key), bins), color="#555555", linestyle=style, linewidth=1.2, label=name)
+    share.plot(x, 100 * per_bin(series(steps, "hidden_fraction"), bins), color="#59a14f", linewidth=1.2)
     _tidy(upper, "", "ms a step")
-    _tidy(lower, "seconds of training", "ms a step")
-    lower.set_ylim(bottom=0)
+    _tidy(codec, "", "ms a step")
+    _tidy(share, "seconds of training", "hidden, %")
+    codec.set_ylim(bottom=0)
+    share.set_ylim(0, 105)
     upper.legend(frameon=False, ncols=len(STAGES), loc="upper right")
-    lower.legend(frameon=False, loc="upper left", ncols=2)
-    hidden = per_bin(series(steps, "hidden_fraction"), bins)
-    if np.isfinite(hidden).any():
-        share = lower.twinx()
-        share.plot(x, 100 * hidden, color=STAGE_COLORS["exchange"], linewidth=1.2)
-        share.set_ylim(0, 105)
-        share.set_ylabel("hidden, percent", color=STAGE_COLORS["exchange"])
-        share.spines["top"].set_visible(False)
+    codec.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.93))
     return Picture(
         "milliseconds",
         "Where the milliseconds of a step went",
-        f"Rank {run.rank}'s training thread; exchange is what was not hidden: it stood still, waiting or putting sums in "
-        "place. Below, what compressing took in other threads, and which share of the exchange was hidden.",
+        f"Rank {run.rank}'s training thread. Waiting for the network and applying what came is what was not hidden of "
+        "the exchange. Below: what compressing and decompressing took, most of it beside the training thread, and "
+        "which share of the exchange was hidden.",
         figure,
     )
 
@@ -258,6 +257,6 @@ def _ranks(run: Run) -> Picture | None:
     return Picture(
         "ranks",
         "Rank by rank",
-        "Who waits longest in the exchange waits for those that wait least." + more,
+        "Who waits longest waits for those that wait least." + more,
         figure,
     )

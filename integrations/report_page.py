@@ -101,8 +101,7 @@ def page(runs: Sequence[Run], shared: Sequence[Picture], own: Sequence[Sequence[
 
 
 _STRAGGLERS = (
-    "Own work: what a mean step took but for the exchange. Slowest: in which share of the steps no rank's own work took "
-    "longer."
+    "Own work: what a mean step took but for waiting. Slowest: in which share of the steps its own work took longest."
 )
 
 
@@ -200,10 +199,10 @@ def _stragglers(run: Run) -> str:
     def number(value: float, unit: str = "") -> str:
         return "-" if math.isnan(value) else f"{value:.1f}{unit}"
 
-    head = ("rank", "steps", "own work", "exchange", "of it waiting", "compress", "decompress", "hidden", "slowest")
+    head = ("rank", "steps", "own work", "waiting", "compress", "decompress", "hidden", "slowest")
     rows = []
     for row in rank_times(run):
-        times = (row.own, row.stages["exchange"], row.wait, row.compress, row.decompress)
+        times = (row.own, row.stages["waiting"], row.compress, row.decompress)
         shares = (100 * row.hidden, 100 * row.slowest)
         cells = [number(value, " ms") for value in times] + [number(value, " %") for value in shares]
         rows.append([str(row.rank), str(row.steps), *cells])

@@ -12,7 +12,7 @@ from gradcomp.errors import ConfigError
 from gradcomp.integrations.callbacks import rank_path
 from gradcomp.integrations.recorder import LOG_FORMAT
 
-__all__ = ["LogReader", "Run", "beside", "open_run", "same_run", "series"]
+__all__ = ["LogReader", "Run", "beside", "open_run", "printable", "same_run", "series"]
 
 Line = dict[str, Any]
 
@@ -200,3 +200,13 @@ def series(steps: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """One number of each step; NaN where there is none."""
     values = (step.get(key) for step in steps)
     return [float("nan") if value is None else float(value) for value in values]
+
+
+def printable(text: object, most: int = 60) -> str:
+    """What a log calls something, for a terminal or a picture: on one line, not too long, no control characters.
+
+    >>> printable("\\x1b[2Jfc1.weight")
+    '[2Jfc1.weight'
+    """
+    shown = "".join(letter for letter in str(text) if letter.isprintable()).strip() or "-"
+    return shown if len(shown) <= most else f"{shown[: most // 2 - 1]}…{shown[-(most // 2) :]}"
