@@ -115,8 +115,8 @@ def _learning(runs: Sequence[Run]) -> Picture | None:
     return Picture(
         "learning",
         "Loss and accuracy",
-        "Against time on the left, which leaves out start-up and evaluation; against what one worker sent on the right. "
-        "Thin lines are single steps, or means of a few.",
+        "Against time on the left, which leaves out start-up and evaluation; against what one worker sent on the "
+        "right. Thin lines are single steps, or means of a few.",
         figure,
     )
 

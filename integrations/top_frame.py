@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -92,17 +93,15 @@ def _numbers(run: FollowedRun) -> RenderableType:
     }
     if last.get("hidden_fraction") is not None:
         cells["hidden"] = f"{100 * _mean(first, 'hidden_fraction'):.0f} %"
-    text = Text()
+    shown = []
     if first.losses:
         tail = list(first.losses)[-50:]
-        text.append("loss ", style="dim").append(f"{sum(tail) / len(tail):.4g} ")
-        text.append(_curve(list(first.losses)) + "   ", style="cyan")
-    for name, value in cells.items():
-        # They wrap between numbers, not inside.
-        text.append(f"{name}\u00a0", style="dim").append(value.replace(" ", "\u00a0")).append("   ")
+        loss = Text("loss ", style="dim").append(f"{sum(tail) / len(tail):.4g} ", style="not dim")
+        shown.append(loss.append(_curve(list(first.losses)), style="cyan not dim"))
+    shown += [Text(f"{name} ", style="dim").append(value, style="not dim") for name, value in cells.items()]
     if last.get("nonfinite_steps"):
-        text.append(f"{last['nonfinite_steps']:g} steps with NaN or Inf", style="red")
-    return text
+        shown.append(Text(f"{last['nonfinite_steps']:g} steps with NaN or Inf", style="red"))
+    return Columns(shown, padding=(0, 3))
 
 
 def _mean(rank: FollowedRank, key: str) -> float:
