@@ -1,7 +1,7 @@
 """Hearing how a run goes: Python's logging; a log file, TensorBoard, Weights & Biases or MLflow if asked for.
 
     torchrun --standalone --nproc-per-node 2 examples/callbacks.py
-    torchrun --standalone --nproc-per-node 2 examples/callbacks.py --log run.jsonl --tensorboard boards
+    torchrun --standalone --nproc-per-node 2 examples/callbacks.py --jsonl run.jsonl --tensorboard boards
     torchrun --standalone --nproc-per-node 2 examples/callbacks.py --wandb PROJECT --mlflow EXPERIMENT
 
 A callback is a class with a method or two; those for W&B and MLflow below are all there is to it.
@@ -73,8 +73,8 @@ class MlflowCallback(Callback):
 
 def chosen(arguments: argparse.Namespace, rank: int) -> list[Callback]:
     callbacks: list[Callback] = [LoggingCallback(every=40)]
-    if arguments.log:
-        callbacks.append(JsonlCallback(arguments.log, rank=rank))
+    if arguments.jsonl:
+        callbacks.append(JsonlCallback(arguments.jsonl, rank=rank))
     if arguments.tensorboard:
         callbacks.append(TensorBoardCallback(arguments.tensorboard, rank=rank))
     if arguments.wandb and rank == 0:  # one rank's are enough for a dashboard
@@ -87,7 +87,7 @@ def chosen(arguments: argparse.Namespace, rank: int) -> list[Callback]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=4)
-    for option in ("log", "tensorboard", "wandb", "mlflow"):
+    for option in ("jsonl", "tensorboard", "wandb", "mlflow"):
         parser.add_argument(f"--{option}")
     arguments = parser.parse_args()
 

@@ -39,7 +39,7 @@ class FollowedRank:
             ConfigError: the file cannot be read, or is damaged.
         """
         for step in self.reader.read():
-            if self.recent and step["step"] <= self.recent[-1]["step"]:  # begun anew
+            if self.recent and step["step"] < self.recent[-1]["step"]:  # begun anew
                 self.recent.clear()
                 self.losses.clear()
             self.recent.append(step)

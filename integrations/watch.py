@@ -77,10 +77,10 @@ class Watch:
         error = sys.exc_info()[1]
         if error is not None:
             self._callbacks.end({"error": f"{type(error).__name__}: {error}"})
-        else:
-            self._callbacks.end(
-                {"rank": self._sync.rank, "steps": self._step, "train_s": self._time_s(), **self._noted}
-            )
+            return
+        if self._since or self._noted:
+            self._tell()
+        self._callbacks.end({"rank": self._sync.rank, "steps": self._step, "train_s": self._time_s()})
 
     def _time_s(self) -> float:
         return time.perf_counter() - self._started
@@ -91,8 +91,10 @@ class Watch:
             return
         self._step = self._sync.step
         self._since += 1
-        if self._since < self._every or not self._callbacks:
-            return
+        if self._since >= self._every and self._callbacks:
+            self._tell()
+
+    def _tell(self) -> None:
         self._since = 0
         noted, self._noted = self._noted, {}
         self._callbacks.step(self._recorder.record(self._step, time_s=self._time_s(), **noted))
