@@ -102,10 +102,8 @@ class Watch:
 
 def _kinds(sync: Session) -> dict[str, object]:
     """How it exchanges, as far as it tells."""
-    kinds = {"compressor": "compressor", "transport": "transport", "exchange": "exchange_kind"}
-    found = {key: getattr(sync, attribute, None) for key, attribute in kinds.items()}
-    return {
-        key: format_spec(kind) if isinstance(kind, Configured) else getattr(kind, "id", type(kind).__name__)
-        for key, kind in found.items()
-        if kind is not None
-    }
+    compressor = getattr(sync, "compressor", None)
+    spec = format_spec(compressor) if isinstance(compressor, Configured) else "rules"
+    others = {"transport": "transport", "exchange": "exchange_kind"}
+    found = {key: getattr(getattr(sync, attribute, None), "id", None) for key, attribute in others.items()}
+    return {"compressor": spec} | {key: value for key, value in found.items() if value is not None}
