@@ -197,12 +197,14 @@ def _milliseconds(run: Run) -> Picture | None:
     steps = run.first
     if not steps:
         return None
-    figure = _figure(10, 6.2)
-    upper, codec, share = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     bins = min(BINS // 2, max(1, len(steps) // 4))
     x = per_bin(series(steps, "time_s"), bins)
     stages = {stage: per_bin(values, bins) for stage, values in stage_ms(steps).items()}
     stages = {stage: values for stage, values in stages.items() if values.any()}
+    if not stages:
+        return None
+    figure = _figure(10, 6.2)
+    upper, codec, share = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     upper.stackplot(
         x, *stages.values(), labels=list(stages), colors=[STAGE_COLORS[stage] for stage in stages], linewidth=0
     )
@@ -233,7 +235,7 @@ def _milliseconds(run: Run) -> Picture | None:
 
 def _ranks(run: Run) -> Picture | None:
     """The stages of a mean step, rank by rank."""
-    times = rank_times(run)
+    times = [row for row in rank_times(run) if any(row.stages.values())]
     if not times:
         return None
     shown = times

@@ -117,6 +117,7 @@ def _section(title: str, caption: str, inside: str) -> str:
 def _picture(picture: Picture) -> str:
     drawn = io.BytesIO()
     picture.figure.savefig(drawn, format="svg", metadata={"Date": None})
+    picture.figure.set_layout_engine("none")  # it is where it should be: a PNG need not find that out again
     data = base64.b64encode(drawn.getvalue()).decode("ascii")
     image = f'<img alt="{escape(picture.title)}" src="data:image/svg+xml;base64,{data}">'
     return _section(picture.title, picture.caption, image)

@@ -63,7 +63,7 @@ def _title(run: FollowedRun) -> Text:
 
 def _progress(run: FollowedRun) -> RenderableType:
     header, last = run.header, run.first.last
-    planned = header.get("steps") or header.get("updates")
+    planned = header.get("updates") or header.get("steps")
     done = last.get("version", 0) if "updates" in header else last["step"]
     epoch = f"epoch {last['epoch']:g}" if last.get("epoch") is not None else ""
     if epoch and header.get("epochs"):

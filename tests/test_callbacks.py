@@ -126,15 +126,16 @@ def test_a_loop_of_ones_own(tmp_path: Path, overlap: str) -> None:
 
 
 def test_they_hear_of_a_failure() -> None:
-    def rank(transport: Any) -> Heard:
-        heard, net = Heard(), small_net()
+    def fail(transport: Any, heard: Heard) -> None:
+        net = small_net()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        with pytest.raises(ZeroDivisionError), gradcomp.attach(optimizer, model=net, transport=transport) as sync:
+        with gradcomp.attach(optimizer, model=net, transport=transport) as sync:
             Watch(sync, optimizer, [heard])
             raise ZeroDivisionError("oh")
-        return heard
 
-    [heard] = run_ranks(1, rank)
+    heard = Heard()
+    with pytest.raises(ZeroDivisionError):
+        run_ranks(1, lambda transport: fail(transport, heard))
     assert heard.heard[-1] == ("end", {"error": "ZeroDivisionError: oh"})
 
 
