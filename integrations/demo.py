@@ -12,6 +12,8 @@ from typing import Any
 from gradcomp.errors import ConfigError
 from gradcomp.integrations.launch import launch
 from gradcomp.integrations.report import size, table
+from gradcomp.integrations.report_data import accuracies
+from gradcomp.integrations.run_log import open_run
 from gradcomp.integrations.worker import RunOptions
 
 __all__ = ["demo"]
@@ -72,8 +74,7 @@ def _train(label: str, compressor: str, seed: int) -> _Run:
         )
         options.check()
         launch(options.to_arguments(), workers=WORKERS)
-        records = [json.loads(line) for line in log.read_text().splitlines()]
-        curve = [(record["time_s"], record["accuracy"]) for record in records if "accuracy" in record]
+        curve = [(step["time_s"], step["accuracy"]) for step in accuracies(open_run(log))]
         return _Run(label, json.loads(summary.read_text()), curve)
 
 
