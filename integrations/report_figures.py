@@ -204,7 +204,9 @@ def _milliseconds(run: Run) -> Picture | None:
     if not stages:
         return None
     figure = _figure(10, 6.2)
-    upper, codec, share = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    hidden = per_bin(series(steps, "hidden_fraction"), bins)
+    known = bool(np.isfinite(hidden).any())
+    upper, codec, *share = figure.subplots(2 + known, 1, sharex=True, height_ratios=(3, 1, 1)[: 2 + known])
     upper.stackplot(
         x, *stages.values(), labels=list(stages), colors=[STAGE_COLORS[stage] for stage in stages], linewidth=0
     )
@@ -215,19 +217,20 @@ def _milliseconds(run: Run) -> Picture | None:
     for key, style in (("compress_ms", "-"), ("decompress_ms", "--")):
         name = key.removesuffix("_ms")
         codec.plot(x, per_bin(series(steps, key), bins), color="#555555", linestyle=style, linewidth=1.2, label=name)
-    share.plot(x, 100 * per_bin(series(steps, "hidden_fraction"), bins), color="#59a14f", linewidth=1.2)
     _tidy(upper, "", "ms a step")
-    _tidy(codec, "", "ms a step")
-    _tidy(share, "seconds of training", "hidden, %")
+    _tidy(codec, "" if known else "seconds of training", "ms a step")
     codec.set_ylim(bottom=0)
-    share.set_ylim(0, 105)
+    for axes in share:
+        axes.plot(x, 100 * hidden, color="#59a14f", linewidth=1.2)
+        _tidy(axes, "seconds of training", "hidden, %")
+        axes.set_ylim(0, 105)
     upper.legend(frameon=False, ncols=len(STAGES), loc="upper right")
     codec.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.93))
     return Picture(
         "milliseconds",
         "Where the milliseconds of a step went",
         f"Rank {run.rank}'s training thread. Waiting for the network and applying what came is what was not hidden of "
-        "the exchange. Below: what compressing and decompressing took, most of it beside the training thread, and "
+        "the exchange. Below: what compressing and decompressing took, most of it beside the training thread; "
         "which share of the exchange was hidden.",
         figure,
     )

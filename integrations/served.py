@@ -226,8 +226,9 @@ class Served(Session):
             parameters), ``staleness`` (number of pushes by their staleness), ``late`` and ``nonfinite`` (pushes that
             came back, or were not applied); of several shards each counts for itself.
         """
-        counts = self._links.counts
-        return self._totals.as_dict() | {
+        counts, totals = self._links.counts, self._totals.as_dict()
+        del totals["hidden_fraction"]  # nobody measures what a delayed settlement hides
+        return totals | {
             "pulled_bytes": counts.pulled_bytes,
             "value_bytes": counts.value_bytes,
             "pull_ratio": counts.value_bytes / counts.pulled_bytes if counts.pulled_bytes else 0.0,

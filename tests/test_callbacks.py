@@ -220,7 +220,7 @@ def test_the_log_of_a_worker_with_a_server(task: str, tmp_path: Path, monkeypatc
     for step in run.first:
         assert all(step[key] >= 0 for key in STAGES)
         assert step["exposed_ms"] >= step["wait_ms"]
-        assert "hidden_fraction" in step
+        assert "hidden_fraction" not in step
     assert run.end is not None
     assert run.end["updates"] == summary.updates
 
