@@ -1,4 +1,4 @@
-"""The command line: ``gradcomp train | worker | server | compressors | demo | bench | doctor``.
+"""The command line: ``gradcomp train | worker | server | report | top | compressors | demo | bench | doctor``.
 
 Exit status: 0 done, 1 a worker or a benchmark failed, 2 the command line or an option is wrong, 130 interrupted.
 """
@@ -33,7 +33,10 @@ BENCHMARKS = {
     "cluster": "gradcomp.bench.cluster",
     "train": "gradcomp.bench.train",
 }
-TOOLS: dict[str, tuple[str, str]] = {}  # command: its module, and what it is for
+TOOLS: dict[str, tuple[str, str]] = {  # command: its module, and what it is for
+    "report": ("gradcomp.integrations.report_page", "make an HTML page, and pictures, of the logs of runs"),
+    "top": ("gradcomp.integrations.top", "watch a run that writes a log, live in the terminal"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--seed", type=int, metavar="N", default=0, help="default: %(default)s")
     run.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="default: %(default)s")
-    run.add_argument("--log", metavar="FILE", help="write one JSON object a step")
+    run.add_argument("--log", metavar="FILE", help="write one JSON object a step; `report` and `top` show it")
+    run.add_argument(
+        "--log-layers",
+        type=int,
+        metavar="K",
+        default=10,
+        help="how each layer does, every K steps; default: %(default)s",
+    )
+    run.add_argument("--tensorboard", metavar="DIR", help="write scalars for TensorBoard")
     run.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     run.add_argument("--quiet", action="store_true", help="no progress")
     run.add_argument("--slow", help=argparse.SUPPRESS)  # RANK=SECONDS: a straggler, for experiments

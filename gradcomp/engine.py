@@ -225,14 +225,14 @@ class GradientExchange(Session):
             this rank put on and took off the wire), ``packet_bytes`` (its own packets, once), ``gradient_bytes`` (the
             same gradients as float32), ``ratio`` (gradient_bytes / packet_bytes). Of the last step: ``density`` (share
             of compressed elements that was sent), ``tau`` (mean over tensors), ``compress_ms``, ``wait_ms``
-            (training thread waiting), ``decompress_ms``, ``hidden_fraction`` (share of the time on the wire that
-            backward, or the next forward, hid), ``parameters`` (the same by name). Now: ``residual_norm``, and
+            (training thread waiting), ``decompress_ms``, ``exposed_ms`` (training stood still: it waited, or put sums
+            in place), ``hidden_fraction`` (share of the time on the wire that backward, or the next forward, hid),
+            ``parameters`` (the same by name, and ``residual_norm``). Now: ``residual_norm`` (of all), and
             ``compressors``: each parameter's, as a spec string, by name. With hosts as levels (``hierarchical``) also
             ``bytes_sent_between`` and ``bytes_received_between``: what of all bytes crossed between hosts.
         """
         return self._stepper.totals.as_dict() | {
             "compressors": dict(self._stepper.plan.specs),
-            "residual_norm": self._stepper.store.residual_norm(),
             **self.transport.traffic(),
         }
 

@@ -95,15 +95,15 @@ class Flight:
         """
         wanted = self._left.keys() if buckets is None or self._step is None else self._left.keys() & set(buckets)
         for index in sorted(wanted, reverse=True):
-            work = self._left[index]
-            with self.record.timed("wait_s"):
-                if self._commit is None:
-                    self._commit = self._ask()
-                self._driver.wait_until(lambda work=work: work.over)  # type: ignore[misc]
-            lane = self._driver.lane
-            with lane.after(lane.mark()):
-                work.finish(commit=self._commit)
-            lane.join()
+            work, lane = self._left[index], self._driver.lane
+            with self.record.held_up():
+                with self.record.timed("wait_s"):
+                    if self._commit is None:
+                        self._commit = self._ask()
+                    self._driver.wait_until(lambda work=work: work.over)  # type: ignore[misc]
+                with lane.after(lane.mark()):
+                    work.finish(commit=self._commit)
+                lane.join()
             if self._step is not None:
                 self._step(self._gradients.sums(work.bucket.parameters))
                 lane.follow()  # before memory is freed that the optimizer still reads

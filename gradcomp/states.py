@@ -72,15 +72,23 @@ class StateStore:
         """What was loaded and not yet asked for: whether it fits is not known before."""
         return list(self._loaded)
 
+    def residual_norms(self) -> dict[str, float]:
+        """Euclidean norm of what is held back of each parameter on this rank."""
+        # A copy, for the exchange's thread adds states as they are first needed.
+        held = [(key[0], state["residual"]) for key, state in list(self._states.items()) if "residual" in state]
+        held += list(self._waiting.items())
+        if not held:
+            return {}
+        device = held[0][1].device
+        norms = torch.stack([torch.linalg.vector_norm(residual).to(device) for _, residual in held])
+        found: dict[str, float] = {}
+        for (name, _), norm in zip(held, norms.tolist(), strict=True):  # a GPU is waited for once
+            found[name] = math.hypot(found.get(name, 0.0), norm)
+        return found
+
     def residual_norm(self) -> float:
         """Euclidean norm of all that is held back on this rank."""
-        squares = [
-            torch.linalg.vector_norm(state["residual"]).item() ** 2
-            for state in self._states.values()
-            if "residual" in state
-        ]
-        squares += [torch.linalg.vector_norm(waiting).item() ** 2 for waiting in self._waiting.values()]
-        return math.sqrt(sum(squares))
+        return math.hypot(*self.residual_norms().values())
 
     @property
     def holds_waiting(self) -> bool:

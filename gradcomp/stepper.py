@@ -59,7 +59,7 @@ class Stepper:
     ) -> None:
         self.step = 0
         self.flight: Flight | None = None
-        self.totals = Totals()
+        self.totals = Totals(lambda: self.store.residual_norms())
         self._transport = transport
         self._exchange = exchange
         self._ahead = ahead
@@ -140,6 +140,16 @@ class Stepper:
         Raises:
             GradcompError: what a bucket failed with.
         """
+        with self._record.held_up():
+            nonfinite = self._finish()
+        self.step += 1
+        self.next_turn()
+        self.gradients.end_step()
+        self.totals.add(self._record, gradient_bytes=self.plan.gradient_bytes, nonfinite=nonfinite)
+        self._start_step()
+
+    def _finish(self) -> bool:
+        """Whether the sums are not finite."""
         for bucket in self.plan.buckets[self._submitted :]:
             self._submit(bucket)
         with self._record.timed("wait_s"):
@@ -153,11 +163,7 @@ class Stepper:
                     nonfinite = self._host.share(
                         self._turn, self.plan.buckets, nonfinite=nonfinite, timeout_s=self._transport.timeout_s
                     )
-        self.step += 1
-        self.next_turn()
-        self.gradients.end_step()
-        self.totals.add(self._record, gradient_bytes=self.plan.gradient_bytes, nonfinite=nonfinite)
-        self._start_step()
+        return nonfinite
 
     def drain(self) -> None:
         """Wait until all buckets that have left are through; what they bring is put in place by :meth:`finish`.
@@ -222,7 +228,7 @@ class Stepper:
         self._waiting = None
         self._submitted = 0
         self._works: list[BucketWork] = []
-        self._record = StepRecord()
+        self._record = StepRecord(self._device)
         # Asked there, for GradScaler waits for the CUDA stream that computes it: backward must not.
         self._loss_scale = functools.cache(self._ask_loss_scale)
 

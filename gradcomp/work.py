@@ -267,9 +267,7 @@ class BucketWork(Work):
         return {p for p, count in zip(self.bucket.parameters, ranks.tolist(), strict=True) if count}
 
     def _note(self, piece: Piece, row: dict[str, float]) -> None:
-        self._record.parameters[self._name(piece)] = row
-        self._record.elements += piece.numel
-        self._record.sent += round(row.get("density", 1.0) * piece.numel)
+        self._record.note(self._name(piece), piece.numel, row)
 
     def _deliver(self, piece: Piece, packets: list[Packet | None], present: set[int]) -> None:
         if piece.codec.stateless:

@@ -1,18 +1,12 @@
-"""What a run tells: progress on standard error, one JSON line a step, tables on standard output."""
+"""What a run comes to, and tables of it on standard output."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import Any, TextIO
 
-from gradcomp.errors import ConfigError
-
-__all__ = ["Reporter", "Summary", "open_log", "size", "table"]
+__all__ = ["Summary", "size", "table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,69 +105,3 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count:.0f} B"
-
-
-def open_log(path: str) -> TextIO:
-    """Open a log for writing.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        return open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--log {path}: {error.strerror or error}") from None
-
-
-class Reporter:
-    """Rank 0's voice: a progress bar on a terminal, a line an epoch elsewhere, and the log.
-
-    Args:
-        label: what the progress starts with.
-        steps: how many steps the run will take.
-        log: one JSON object a line is written here for each step.
-
-    Attributes:
-        logging: whether :meth:`step` wants a record.
-    """
-
-    def __init__(self, *, label: str, steps: int, quiet: bool, log: TextIO | None) -> None:
-        self._label, self._quiet, self._log = label, quiet, log
-        self._bar: Any = None
-        self.logging = log is not None
-        if quiet or not sys.stderr.isatty():
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            print("for a progress bar: pip install 'gradcomp[demo]'", file=sys.stderr)
-            return
-        self._bar = tqdm(total=steps, desc=label, unit="step", leave=True, dynamic_ncols=True, ascii=" #")
-
-    def step(self, record: Mapping[str, object]) -> None:
-        """Note a finished step; ``record`` becomes a line of the log."""
-        if self._log is not None:
-            self._log.write(json.dumps(record) + "\n")
-            self._log.flush()
-        if self._bar is not None:
-            self._bar.update(1)
-
-    def epoch(self, *, epoch: int, epochs: int, loss: float, accuracy: float, train_s: float) -> None:
-        """Show how an epoch ended."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"epoch {epoch}/{epochs}, loss {loss:.3f}, accuracy {accuracy:.1f} %")
-        elif not self._quiet:
-            text = f"{self._label}: epoch {epoch}/{epochs}  loss {loss:.3f}  accuracy {accuracy:.1f} %  {train_s:.1f} s"
-            print(text, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Reporter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._log is not None:
-            with contextlib.suppress(OSError):
-                self._log.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,9 @@ class RunOptions:
         epochs, batch_size: in place of the task's own; batch_size counts one worker's samples a step.
         seed: of the initial weights, the order of the samples, and (with the rank) of dropout and augmentation.
         device: ``cpu``, ``cuda`` (one GPU a worker, by local rank) or ``auto`` (cuda where there is one).
-        log: file for one JSON object a step, written by rank 0.
+        log: file for one JSON object a step, by rank 0; those of other ranks are beside it.
+        log_layers: one in so many steps says how each layer does; 0: none.
+        tensorboard: folder for TensorBoard's files.
         json: print the summary as JSON instead of a table.
         summary: file for the summary as JSON; nothing is printed then.
         quiet: no progress.
@@ -56,6 +59,8 @@ class RunOptions:
     seed: int = 0
     device: str = "cpu"
     log: str | None = None
+    log_layers: int = 10
+    tensorboard: str | None = None
     json: bool = False
     quiet: bool = False
     label: str = ""
@@ -65,13 +70,14 @@ class RunOptions:
     def __post_init__(self) -> None:
         for field in ("task", "compressor", "exchange"):
             check_text("train", field, getattr(self, field))
-        for field in ("transport", "server", "mode", "pull"):
+        for field in ("transport", "server", "mode", "pull", "tensorboard"):
             if getattr(self, field) is not None:
                 check_text("train", field, getattr(self, field))
         for field in ("epochs", "batch_size"):
             if getattr(self, field) is not None:
                 check_integer("train", field, getattr(self, field), at_least=1)
         check_integer("train", "seed", self.seed, at_least=0, at_most=2**31 - 1)
+        check_integer("train", "log_layers", self.log_layers, at_least=0)
         check_choice("train", "device", self.device, ("cpu", "cuda", "auto"))
         check_choice("train", "overlap", self.overlap, ("backward", "forward"))
         check_flag("train", "json", self.json)
@@ -94,6 +100,8 @@ class RunOptions:
         choose_device(self.device)
         if self.log is not None and not Path(self.log).resolve().parent.is_dir():
             raise ConfigError(f"--log {self.log}: its folder does not exist")
+        if self.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("TensorBoard is not installed: pip install 'gradcomp[tensorboard]'")
 
     def chosen_exchange(self) -> Exchange:
         """The exchange itself.
@@ -147,6 +155,8 @@ class RunOptions:
             "seed",
             "device",
             "log",
+            "log_layers",
+            "tensorboard",
             "label",
             "summary",
         ):

@@ -125,7 +125,7 @@ class Served(Session):
             retry=exchange.retry,
         )
         self._step = 0
-        self._totals = Totals()
+        self._totals = Totals(lambda: self._gradients.store.residual_norms())
         self.nonfinite_in_a_row = 0
         self._closed = False
         self._hidden: list[tuple[Tensor, Tensor]] = []
@@ -169,7 +169,7 @@ class Served(Session):
             return
         self._running()
         record = StepRecord()
-        with torch.no_grad():
+        with torch.no_grad(), record.held_up():
             self._gradients.add()
             self._step += 1
             pushes, pulls = self._step % self._n_push == 0, self._step % self._n_fetch == 0
@@ -220,14 +220,15 @@ class Served(Session):
         Returns:
             As :meth:`gradcomp.GradientExchange.stats` where it means the same: ``steps``, ``nonfinite_steps``,
             ``bytes_sent``, ``bytes_received``, ``packet_bytes``, ``gradient_bytes``, ``ratio``; of the last step
-            ``density``, ``tau``, ``compress_ms``, ``wait_ms``, ``decompress_ms``, ``parameters``; ``residual_norm``.
+            ``density``, ``tau``, ``compress_ms``, ``wait_ms``, ``decompress_ms``, ``exposed_ms``, ``parameters``;
+            ``residual_norm``.
             Also ``pull_ratio``, ``pulled_bytes`` and ``value_bytes`` (of what came in), ``version`` (updates in the
             parameters), ``staleness`` (number of pushes by their staleness), ``late`` and ``nonfinite`` (pushes that
             came back, or were not applied); of several shards each counts for itself.
         """
-        counts = self._links.counts
-        return self._totals.as_dict() | {
-            "residual_norm": self._gradients.store.residual_norm(),
+        counts, totals = self._links.counts, self._totals.as_dict()
+        del totals["hidden_fraction"]  # nobody measures what a delayed settlement hides
+        return totals | {
             "pulled_bytes": counts.pulled_bytes,
             "value_bytes": counts.value_bytes,
             "pull_ratio": counts.value_bytes / counts.pulled_bytes if counts.pulled_bytes else 0.0,

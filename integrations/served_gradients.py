@@ -152,10 +152,7 @@ class ServedGradients:
             packet = piece.codec.encode(grad, state)
             commits.append(partial(piece.codec.commit, grad, packet, state))
             packets.append(packet)
-            stats = piece.codec.stats(packet, state)
-            record.parameters[row.name] = stats
-            record.elements += row.numel
-            record.sent += round(stats.get("density", 1.0) * row.numel)
+            record.note(row.name, row.numel, piece.codec.stats(packet, state))
         return Message(tuple(packets), tuple(packet is not None for packet in packets))
 
     def _sent_plain(self, grads: dict[str, Tensor]) -> list[str]:

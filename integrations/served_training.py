@@ -18,7 +18,9 @@ from torch import Tensor
 
 from gradcomp.errors import GradientError
 from gradcomp.integrations import tasks
-from gradcomp.integrations.report import Reporter, Summary, open_log
+from gradcomp.integrations.progress import Progress
+from gradcomp.integrations.report import Summary
+from gradcomp.integrations.told import Told
 from gradcomp.integrations.trainer import EVALUATION_BATCH, Trainer
 from gradcomp.server.modes import Async, Mode, Softsync, Sync
 
@@ -27,9 +29,6 @@ if TYPE_CHECKING:
     from gradcomp.integrations.served import Served
 
 __all__ = ["ServedRun", "batches_per_update"]
-
-_LOGGED = ("bytes_sent", "bytes_received", "ratio", "pull_ratio", "density", "tau", "residual_norm")
-_LOGGED_TIMES = ("compress_ms", "wait_ms", "decompress_ms")
 
 
 def batches_per_update(mode: Mode, workers: int) -> int:
@@ -59,14 +58,11 @@ class ServedRun:
         """
         task, options, sync, trainer = self._trainer.task, self._options, self._sync, self._trainer
         first = sync.rank == 0
-        reporter = stack.enter_context(
-            Reporter(
-                label=options.label or options.compressor,
-                steps=self._updates_per_epoch * task.epochs,
-                quiet=options.quiet or not first,
-                log=open_log(options.log) if first and options.log is not None else None,
-            )
+        updates = self._updates_per_epoch * task.epochs
+        progress = stack.enter_context(
+            Progress(label=options.label or options.compressor, steps=updates, quiet=options.quiet or not first)
         )
+        told = stack.enter_context(Told(options, trainer, sync, updates=updates, exposed_in="optimizer_ms"))
         with warnings.catch_warnings():
             # A worker that comes later brings its schedule to where the run is, before its first step.
             warnings.simplefilter("ignore", UserWarning)
@@ -78,23 +74,29 @@ class ServedRun:
             while self._epoch < task.epochs:
                 started = time.perf_counter()
                 losses.append(trainer.step(*next(batches)))
-                trainer.train_s += time.perf_counter() - started
+                trainer.count(time.perf_counter() - started)
                 self._check_finite()
-                record = self._record(losses[-1]) if reporter.logging else {}
-                if self._advance_epoch() and first:
+                record = told.record(self._epoch + 1, losses[-1])
+                progress.step()
+                if not self._advance_epoch():
+                    told.step(record)
+                    continue
+                loss = sum(losses) / len(losses)
+                losses.clear()
+                if first:
                     if self._epoch == task.epochs:
                         sync.pull()
-                    accuracy = self._evaluate()
-                    record["accuracy"] = accuracy
-                    loss = sum(losses) / len(losses)
-                    reporter.epoch(
+                    record["accuracy"] = accuracy = self._evaluate()
+                    progress.epoch(
                         epoch=self._epoch, epochs=task.epochs, loss=loss, accuracy=accuracy, train_s=trainer.train_s
                     )
-                    losses.clear()
-                reporter.step(record)
+                told.step(record)
+                told.epoch(self._epoch, loss=loss, **({"accuracy": record["accuracy"]} if first else {}))
         if accuracy is None and first:
             accuracy = self._evaluate()  # it came when all was over
-        return self._summary(accuracy or 0.0)
+        summary = self._summary(accuracy or 0.0)
+        told.end(summary)
+        return summary
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This worker's batches from its clock on, epoch after epoch of its own."""
@@ -135,18 +137,6 @@ class ServedRun:
         batches = tasks.evaluation_batches(data, batch_size=EVALUATION_BATCH, rank=0, world_size=1)
         counts = self._trainer.count_right(batches)
         return 100 * float(counts[0]) / float(counts[1])
-
-    def _record(self, loss: float) -> dict[str, object]:
-        """One line of the log: bytes are totals of this worker so far, milliseconds those of this step."""
-        stats = self._sync.stats()
-        return {
-            "step": self._trainer.steps,
-            "epoch": self._epoch + 1,
-            "time_s": self._trainer.train_s,
-            "loss": loss,
-            "lr": self._trainer.task.optimizer.param_groups[0]["lr"],
-            "version": stats["version"],
-        } | {key: stats[key] for key in (*_LOGGED, *_LOGGED_TIMES)}
 
     def _summary(self, accuracy: float) -> Summary:
         options, sync = self._options, self._sync

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from gradcomp.callbacks import Callback
 from gradcomp.errors import ConfigError
 from gradcomp.options import check_integer
 
@@ -54,6 +55,7 @@ class Task:
         epochs: passes over the training data.
         scheduler: stepped after every epoch.
         augment: applied to every batch of training inputs, on the worker's device.
+        callbacks: hear of every step on the rank that made them (gradcomp.callbacks).
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class Task:
     epochs: int
     scheduler: LRScheduler | None = None
     augment: Callable[[Tensor], Tensor] | None = None
+    callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
         for field, kind in (("model", nn.Module), ("optimizer", Optimizer)):
@@ -73,6 +76,9 @@ class Task:
                 raise ConfigError(f"task: {field} must be a torch {kind.__name__}; got {found}")
         if not callable(self.loss):
             raise ConfigError(f"task: loss must be callable; got {type(self.loss).__name__}")
+        for callback in self.callbacks:
+            if not isinstance(callback, Callback):
+                raise ConfigError(f"task: callbacks must be gradcomp Callbacks; got {type(callback).__name__}")
         check_integer("task", "batch_size", self.batch_size, at_least=1)
         check_integer("task", "epochs", self.epochs, at_least=1)
         _check_data("train_data", self.train_data)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradcomp.integrations import tasks
+from gradcomp.marks import Mark
 
 __all__ = ["EVALUATION_BATCH", "Trainer"]
 
@@ -24,7 +25,7 @@ class Trainer:
 
     Attributes:
         steps: taken so far.
-        train_s: seconds spent in them.
+        train_s: seconds spent in them, and in fetching their batches; what the loop counts.
     """
 
     def __init__(self, task: tasks.Task, device: torch.device, *, slow_s: float = 0.0) -> None:
@@ -32,6 +33,13 @@ class Trainer:
         self.steps = 0
         self.train_s = 0.0
         self._slow_s = slow_s
+        self._step_s = 0.0
+        self._marks: list[Mark] = []
+
+    def count(self, step_s: float) -> None:
+        """Put the last step on the training clock."""
+        self.train_s += step_s
+        self._step_s = step_s
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
         """One optimizer step; the loss."""
@@ -40,13 +48,27 @@ class Trainer:
         if task.augment is not None:
             inputs = task.augment(inputs)
         task.optimizer.zero_grad()
+        marks = [Mark(self.device)]
         loss = task.loss(task.model(inputs), targets)
+        marks.append(Mark(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         if self._slow_s:
             time.sleep(self._slow_s)
+        marks.append(Mark(self.device))
         task.optimizer.step()
+        marks.append(Mark(self.device))
+        self._marks = marks
         self.steps += 1
         return float(loss.detach())
+
+    def stages_ms(self) -> dict[str, float]:
+        """Where the last step's milliseconds went; what is missing in the sum is the batch's way to the model.
+
+        On CUDA those of the stream, from the first kernel of a stage to its last.
+        """
+        stages = ("forward_ms", "backward_ms", "optimizer_ms")
+        ends = zip(stages, self._marks, self._marks[1:], strict=False)
+        return {"step_ms": self._step_s * 1e3} | {stage: start.until(stop) * 1e3 for stage, start, stop in ends}
 
     def count_right(self, batches: Generator[tuple[Tensor, Tensor], None, None]) -> Tensor:
         """How many samples the model classifies right, and how many there are; float32 of 2."""

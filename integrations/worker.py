@@ -20,26 +20,15 @@ from gradcomp.engine import GradientExchange
 from gradcomp.errors import ConfigError
 from gradcomp.integrations import tasks
 from gradcomp.integrations.launch import follow_parent, record_failure
-from gradcomp.integrations.report import Reporter, Summary, open_log
+from gradcomp.integrations.progress import Progress
+from gradcomp.integrations.report import Summary
 from gradcomp.integrations.run_options import RunOptions, choose_device
 from gradcomp.integrations.served import Served
 from gradcomp.integrations.served_training import ServedRun
+from gradcomp.integrations.told import Told
 from gradcomp.integrations.trainer import EVALUATION_BATCH, Trainer
 
 __all__ = ["RunOptions", "train", "work"]
-
-LOGGED = (
-    "bytes_sent",
-    "bytes_received",
-    "ratio",
-    "density",
-    "tau",
-    "residual_norm",
-    "compress_ms",
-    "wait_ms",
-    "decompress_ms",
-    "hidden_fraction",
-)
 
 
 def work(options: RunOptions, *, launched: bool = False) -> int:
@@ -138,22 +127,22 @@ class _Run:
 
     def train(self, stack: contextlib.ExitStack) -> Summary:
         task, options, first = self.trainer.task, self.options, self.sync.rank == 0
-        reporter = stack.enter_context(
-            Reporter(
-                label=options.label or options.compressor,
-                steps=self.steps_per_epoch * task.epochs,
-                quiet=options.quiet or not first,
-                log=open_log(options.log) if first and options.log is not None else None,
-            )
+        steps = self.steps_per_epoch * task.epochs
+        progress = stack.enter_context(
+            Progress(label=options.label or options.compressor, steps=steps, quiet=options.quiet or not first)
         )
+        # What is not hidden is waited for in backward, or in the next forward.
+        exposed_in = f"{options.overlap}_ms"
+        told = stack.enter_context(Told(options, self.trainer, self.sync, steps=steps, exposed_in=exposed_in))
         accuracy = 0.0
         self.sync.average(torch.zeros(1))  # wait for every rank: all clocks start together
         for epoch in range(1, task.epochs + 1):
-            loss, accuracy = self._epoch(epoch, reporter)
-            reporter.epoch(epoch=epoch, epochs=task.epochs, loss=loss, accuracy=accuracy, train_s=self.trainer.train_s)
+            loss, accuracy = self._epoch(epoch, progress, told)
+            progress.epoch(epoch=epoch, epochs=task.epochs, loss=loss, accuracy=accuracy, train_s=self.trainer.train_s)
+            told.epoch(epoch, loss=loss, accuracy=accuracy)
         self.sync.wait()
         stats = self.sync.stats()
-        return Summary(
+        summary = Summary(
             rank=self.sync.rank,
             task=options.task,
             compressor=options.compressor,
@@ -168,8 +157,10 @@ class _Run:
             bytes_received=stats["bytes_received"],
             ratio=stats["ratio"],
         )
+        told.end(summary)
+        return summary
 
-    def _epoch(self, epoch: int, reporter: Reporter) -> tuple[float, float]:
+    def _epoch(self, epoch: int, progress: Progress, told: Told) -> tuple[float, float]:
         """Train for one epoch and evaluate; the mean loss of this rank's batches, and the test accuracy in percent."""
         task, sync, trainer = self.trainer.task, self.sync, self.trainer
         batches = tasks.train_batches(
@@ -186,26 +177,16 @@ class _Run:
             started = time.perf_counter()
             for number, (inputs, targets) in enumerate(batches, 1):
                 losses.append(trainer.step(inputs, targets))
-                trainer.train_s += time.perf_counter() - started
-                record = self._record(epoch, losses[-1]) if reporter.logging else {}
+                trainer.count(time.perf_counter() - started)
+                record = told.record(epoch, losses[-1])
                 if number == self.steps_per_epoch:
                     record["accuracy"] = accuracy = self._evaluate()
-                reporter.step(record)
+                told.step(record)
+                progress.step()
                 started = time.perf_counter()
         if task.scheduler is not None:
             task.scheduler.step()
         return sum(losses) / len(losses), accuracy
-
-    def _record(self, epoch: int, loss: float) -> dict[str, object]:
-        """One line of the log: bytes are totals of this rank so far, milliseconds those of this step."""
-        stats = self.sync.stats()
-        return {
-            "step": self.trainer.steps,
-            "epoch": epoch,
-            "time_s": self.trainer.train_s,
-            "loss": loss,
-            "lr": self.trainer.task.optimizer.param_groups[0]["lr"],
-        } | {key: stats[key] for key in LOGGED}
 
     def _evaluate(self) -> float:
         """Accuracy in percent over all test data, of which each rank takes its share; not on the training clock.

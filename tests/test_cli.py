@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from gradcomp.errors import ConfigError, GradcompError, PeerLost, WorkerFailed
 from gradcomp.integrations import launch as launching
 from gradcomp.integrations import serve as serving
 from gradcomp.integrations.launch import Failure, record_failure, threads_per_worker
-from gradcomp.integrations.report import Reporter, Summary, size
+from gradcomp.integrations.progress import Progress
+from gradcomp.integrations.report import Summary, size
 from gradcomp.integrations.worker import RunOptions
 
 TASK = "def task(*, lr: float = 0.1): ...\n"
@@ -115,6 +115,7 @@ def test_workers_are_told_what_train_was_told(
 ) -> None:
     given = ["--set", "lr=1e-3", "--compressor=topk:ratio=0.01", "--transport=zmq:rate=1gbit", "--exchange=two_shot"]
     given += ["--epochs=3", "--batch-size=8", "--seed=7", "--log=run.jsonl", "--json", "--quiet", "--label=a b"]
+    given += ["--log-layers=3", "--tensorboard=boards"]
     given += ["--overlap=forward"]
     assert cli.main(["train", task_file, *given, "--workers=3"]) == 0
     [(arguments, workers)] = launched
@@ -134,6 +135,8 @@ def test_workers_are_told_what_train_was_told(
             batch_size=8,
             seed=7,
             log="run.jsonl",
+            log_layers=3,
+            tensorboard="boards",
             json=True,
             quiet=True,
             label="a b",
@@ -254,14 +257,12 @@ def test_the_summary_is_a_table_or_json() -> None:
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    log = io.StringIO()
-    with Reporter(label="run", steps=1, quiet=False, log=log) as reporter:
-        reporter.step({"step": 1})
-        assert json.loads(log.getvalue()) == {"step": 1}
-        reporter.epoch(epoch=1, epochs=2, loss=0.5, accuracy=90.0, train_s=1.25)
+    with Progress(label="run", steps=1, quiet=False) as progress:
+        progress.step()
+        progress.epoch(epoch=1, epochs=2, loss=0.5, accuracy=90.0, train_s=1.25)
     assert capsys.readouterr().err == "run: epoch 1/2  loss 0.500  accuracy 90.0 %  1.2 s\n"
-    with Reporter(label="run", steps=1, quiet=True, log=None) as reporter:
-        reporter.epoch(epoch=1, epochs=2, loss=0.5, accuracy=90.0, train_s=1.25)
+    with Progress(label="run", steps=1, quiet=True) as progress:
+        progress.epoch(epoch=1, epochs=2, loss=0.5, accuracy=90.0, train_s=1.25)
     assert capsys.readouterr().err == ""
 
 
