@@ -53,6 +53,7 @@ class Task:
         batch_size: samples a worker takes per step; a step of N workers sees N times as many.
         epochs: passes over the training data.
         scheduler: stepped after every epoch.
+        step_scheduler: stepped after every step of this worker, for policies that count iterations, as Caffe's do.
         augment: applied to every batch of training inputs, on the worker's device.
     """
 
@@ -64,6 +65,7 @@ class Task:
     batch_size: int
     epochs: int
     scheduler: LRScheduler | None = None
+    step_scheduler: LRScheduler | None = None
     augment: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:

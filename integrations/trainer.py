@@ -34,7 +34,7 @@ class Trainer:
         self._slow_s = slow_s
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
-        """One optimizer step; the loss."""
+        """One optimizer step, and one of the schedule that counts them; the loss."""
         task = self.task
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         if task.augment is not None:
@@ -45,6 +45,8 @@ class Trainer:
         if self._slow_s:
             time.sleep(self._slow_s)
         task.optimizer.step()
+        if task.step_scheduler is not None:
+            task.step_scheduler.step()
         self.steps += 1
         return float(loss.detach())
 
