@@ -47,7 +47,8 @@ class CaffePolicy:
 
     def __post_init__(self) -> None:
         check_choice(OWNER, "policy", self.policy, get_args(Policy))
-        check_number(OWNER, "gamma", self.gamma, at_least=0)
+        # Caffe's sigmoid rises from 0; with a negative gamma it falls.
+        check_number(OWNER, "gamma", self.gamma, at_least=-math.inf if self.policy == "sigmoid" else 0)
         check_number(OWNER, "power", self.power)
         check_integer(OWNER, "stepsize", self.stepsize, at_least=1)
         check_integer(OWNER, "max_iter", self.max_iter, at_least=1)

@@ -23,7 +23,7 @@ HIDDEN = 512
 
 
 def very_deep(width: int = 16, activation: Activation = "relu") -> nn.Sequential:
-    """A VGG-style network with BatchNorm, for (batch, 1, BANDS, FRAMES) features: 1,027,162 parameters.
+    """A VGG-style network with BatchNorm, for (batch, 1, BANDS, FRAMES) features: 1,008,858 parameters.
 
     Sercu et al., "Very deep multilingual convolutional neural networks for LVCSR" (2016), begin with 64 maps and end
     with layers of 2048, for hundreds of hours of speech.
