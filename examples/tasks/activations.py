@@ -23,6 +23,17 @@ def nonlinearity(activation: Activation) -> nn.Module:
     return MODULES[activation]()
 
 
+def learning_rate(given: float | None, usual: float, activation: Activation) -> float:
+    """What is given, or else the usual one, and for sigmoids a quarter of it.
+
+    Their outputs have a mean, along which the loss is as steep as there are many of them (LeCun et al., "Efficient
+    BackProp", 1998): larger steps overshoot.
+    """
+    if given is not None:
+        return given
+    return usual / 4 if activation == "sigmoid" else usual
+
+
 def initialise(network: nn.Module, activation: Activation) -> None:
     """Draw the weights of convolutions and dense layers anew. Modules must be registered in the order of their use."""
     follows_sigmoid = False

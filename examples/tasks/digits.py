@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gradcomp.examples.tasks.activations import Activation, initialise, nonlinearity
+from gradcomp.examples.tasks.activations import Activation, initialise, learning_rate, nonlinearity
 from gradcomp.integrations.tasks import Task
 
 TEST_SAMPLES = 397
@@ -54,14 +54,21 @@ def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def task(
-    *, activation: Activation = "relu", lr: float = 0.2, momentum: float = 0.5, batch_size: int = 16, epochs: int = 12
+    *,
+    activation: Activation = "relu",
+    lr: float | None = None,
+    momentum: float = 0.5,
+    batch_size: int = 16,
+    epochs: int = 12,
 ) -> Task:
     """Options: the nonlinearity, SGD's momentum and its learning rate, half a cosine down to zero over the epochs.
 
-    Momentum is low because a residual is one already: what is sent late is sent all at once.
+    The rate is 0.2, for sigmoids 0.05, if none is given. Momentum is low because a residual is one already: what is
+    sent late is sent all at once.
     """
     model = lenet(activation)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    rate = learning_rate(lr, 0.2, activation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     train, test = load_digits()
     return Task(
         model=model,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcomp import ConfigError
-from gradcomp.examples.tasks.activations import Activation, initialise, nonlinearity
+from gradcomp.examples.tasks.activations import Activation, initialise, learning_rate, nonlinearity
 from gradcomp.examples.tasks.idx import read_idx
 from gradcomp.examples.tasks.images import Normalise
 from gradcomp.integrations.tasks import Task
@@ -63,7 +63,7 @@ def task(
     *,
     data: str,
     activation: Activation = "relu",
-    lr: float = 0.05,
+    lr: float | None = None,
     momentum: float = 0.5,
     limit: int | None = None,
     batch_size: int = 16,
@@ -71,13 +71,14 @@ def task(
 ) -> Task:
     """Options: the data's folder, the nonlinearity, SGD's settings, and ``limit`` for a run on the first samples only.
 
-    The learning rate follows half a cosine down to zero over the epochs. Momentum is low because a residual is one
-    already: what is sent late is sent all at once.
+    The learning rate (0.05, for sigmoids 0.0125, if none is given) follows half a cosine down to zero over the epochs.
+    Momentum is low because a residual is one already: what is sent late is sent all at once.
     """
     train, test = (load_mnist(Path(data), part, limit) for part in ("train", "t10k"))
     pixels = train[0].float()
     model = nn.Sequential(Normalise(pixels.mean(), pixels.std().clamp_min(1)), *lenet(activation))
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    rate = learning_rate(lr, 0.05, activation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     return Task(
         model=model,
         loss=nn.functional.cross_entropy,

@@ -9,6 +9,7 @@ neural networks for sentence classification" (2014), has 76.1 % for word vectors
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -50,12 +51,20 @@ class SentenceCNN(nn.Module):
     def __init__(self, words: int, activation: Activation = "relu") -> None:
         super().__init__()
         self.vectors = nn.Embedding(words + 1, DIMENSIONS, padding_idx=PADDING)
-        self.windows = nn.ModuleList(nn.Conv1d(DIMENSIONS, MAPS, width, padding=width - 1) for width in WIDTHS)
+        windows = [nn.Conv1d(DIMENSIONS, MAPS, width, padding=width - 1) for width in WIDTHS]
+        self.windows = nn.ModuleList(windows)
         self.activation = nonlinearity(activation)
         self.dropout = nn.Dropout()
         self.classes = nn.Linear(MAPS * len(WIDTHS), 2)
-        with torch.no_grad():
+        with torch.no_grad():  # as in Kim's own code: small filters leave it to the words to find out what they mean
             self.vectors.weight[1:].uniform_(-0.25, 0.25)
+            for window in windows:
+                weight, bias = window.parameters()
+                bound = 0.01 if activation == "relu" else math.sqrt(6 / ((DIMENSIONS + MAPS) * weight.shape[2]))
+                weight.uniform_(-bound, bound)
+                bias.zero_()
+            self.classes.weight.normal_(0, 0.01)
+            self.classes.bias.zero_()
         parametrize.register_parametrization(self.classes, "weight", MaxNorm())
 
     def forward(self, sentences: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gradcomp.examples.tasks.activations import Activation, initialise, nonlinearity
+from gradcomp.examples.tasks.activations import Activation, initialise, learning_rate, nonlinearity
 from gradcomp.examples.tasks.speech_data import (
     BANDS,
     FLOOR,
@@ -64,18 +64,19 @@ def task(
     *,
     data: str,
     activation: Activation = "relu",
-    lr: float = 0.02,
+    lr: float | None = None,
     momentum: float = 0.5,
     batch_size: int = 16,
     epochs: int = 10,
 ) -> Task:
     """Options: the data set's folder, the nonlinearity, SGD's momentum and its learning rate.
 
-    The rate follows half a cosine down to zero over the epochs. Momentum is low because a residual is one already: what
-    is sent late is sent all at once.
+    The rate (0.02, for sigmoids 0.005, if none is given) follows half a cosine down to zero over the epochs. Momentum is
+    low because a residual is one already: what is sent late is sent all at once.
     """
     model = sainath_parada(activation)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    rate = learning_rate(lr, 0.02, activation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     train, test = load_speech(Path(data))
     return Task(
         model=model,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gradcomp.examples.tasks.activations import Activation, initialise, nonlinearity
+from gradcomp.examples.tasks.activations import Activation, initialise, learning_rate, nonlinearity
 from gradcomp.examples.tasks.speech_data import BANDS, FRAMES, load_speech
 from gradcomp.integrations.tasks import Task
 from gradcomp.options import check_integer
@@ -57,19 +57,20 @@ def task(
     data: str,
     width: int = 16,
     activation: Activation = "relu",
-    lr: float = 0.05,
+    lr: float | None = None,
     momentum: float = 0.5,
     batch_size: int = 16,
     epochs: int = 10,
 ) -> Task:
     """Options: the data set's folder, maps of the first convolutions, the nonlinearity, SGD's settings.
 
-    The learning rate follows half a cosine down to zero over the epochs. Momentum is low because a residual is one
-    already: what is sent late is sent all at once.
+    The learning rate (0.05, for sigmoids 0.0125, if none is given) follows half a cosine down to zero over the epochs.
+    Momentum is low because a residual is one already: what is sent late is sent all at once.
     """
     check_integer("speech_deep", "width", width, at_least=1)
     model = very_deep(width, activation)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    rate = learning_rate(lr, 0.05, activation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     train, test = load_speech(Path(data))
     return Task(
         model=model,
