@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gradcomp
 from gradcomp.examples.tasks import digits, mnist, speech
-from gradcomp.examples.tasks.activations import MODULES, Activation
+from gradcomp.examples.tasks.activations import MODULES, Activation, learning_rate
 from gradcomp.examples.tasks.cifar10_quick import cifar10_quick
 from gradcomp.examples.tasks.image_networks import alexnet, resnet20, vgg11, vgg16
 from gradcomp.examples.tasks.sentences import MAX_NORM, SentenceCNN
@@ -23,6 +23,7 @@ from gradcomp.examples.tasks.speech_deep import very_deep
 from gradcomp.integrations.tasks import load, train_batches
 from gradcomp.integrations.trainer import Trainer
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "tasks"
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
@@ -96,6 +97,23 @@ def test_relu_keeps_the_weights_it_had() -> None:
     torch.manual_seed(3)
     found = [layer for layer in digits.lenet() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(expected, found, strict=True))
+
+
+def test_sigmoids_get_smaller_steps_unless_told() -> None:
+    assert [learning_rate(None, 0.2, activation) for activation in ACTIVATIONS] == [0.2, 0.05, 0.2]
+    assert [learning_rate(0.3, 0.2, activation) for activation in ACTIVATIONS] == [0.3] * 3
+
+
+def test_every_task_is_short_and_listed() -> None:
+    files = {path.name: path.read_text() for path in EXAMPLES.glob("*.py") if "\ndef task(" in path.read_text()}
+    assert len(files) == 7
+    listed = (EXAMPLES / "README.md").read_text()
+    for name, source in files.items():
+        assert len(source.splitlines()) < 150
+        assert f"[{name}]({name})" in listed
+        assert f"gradcomp train examples/tasks/{name}" in listed
+    for _, _, parameters, _ in NETWORKS.values():
+        assert f"{parameters:,}" in listed
 
 
 def test_cifar10_quick_is_filled_as_caffe_fills_it() -> None:

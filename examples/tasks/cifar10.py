@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gradcomp import ConfigError
-from gradcomp.examples.tasks.activations import Activation
+from gradcomp.examples.tasks.activations import Activation, learning_rate
 from gradcomp.examples.tasks.cifar10_data import TEST_FILES, TRAIN_FILES, read_records
 from gradcomp.examples.tasks.image_networks import alexnet, resnet20, vgg11, vgg16
 from gradcomp.examples.tasks.images import crop_and_flip
@@ -38,7 +38,7 @@ def task(
     data: str | None = None,
     network: Literal["vgg11", "vgg16", "alexnet", "resnet20"] = "vgg11",
     activation: Activation = "relu",
-    lr: float = 0.05,
+    lr: float | None = None,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     limit: int | None = None,
@@ -47,8 +47,8 @@ def task(
 ) -> Task:
     """Options: where the data are (``folder``, or ``data``, which means the same), which network, SGD's settings.
 
-    ``limit`` is for a run on the first records only. The learning rate follows half a cosine down to zero over the
-    epochs.
+    ``limit`` is for a run on the first records only. The learning rate (0.05, for sigmoids 0.0125, if none is given)
+    follows half a cosine down to zero over the epochs.
     """
     where = folder if folder is not None else data
     if where is None:
@@ -57,7 +57,8 @@ def task(
             "CIFAR-10's binary version, https://www.cs.toronto.edu/~kriz/cifar.html"
         )
     model = NETWORKS[network](activation)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    rate = learning_rate(lr, 0.05, activation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay)
     return Task(
         model=model,
         loss=nn.functional.cross_entropy,

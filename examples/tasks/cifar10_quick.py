@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcomp.examples.tasks.activations import Activation, initialise, nonlinearity
+from gradcomp.examples.tasks.activations import Activation, initialise, learning_rate, nonlinearity
 from gradcomp.examples.tasks.caffe_policies import CaffePolicy, Policy
 from gradcomp.examples.tasks.cifar10_data import TEST_FILES, TRAIN_FILES, read_records
 from gradcomp.examples.tasks.images import Normalise
@@ -54,7 +54,7 @@ def task(
     *,
     data: str,
     activation: Activation = "relu",
-    lr: float = 0.001,
+    lr: float | None = None,
     policy: Policy = "multistep",
     gamma: float = 0.1,
     power: float = 0.75,
@@ -69,7 +69,8 @@ def task(
 ) -> Task:
     """Options: the data's folder, the nonlinearity, and what Caffe's solvers have, by its names (caffe_policies.py).
 
-    An iteration is a step, whatever the number of workers. ``limit`` is for a run on the first records.
+    An iteration is a step, whatever the number of workers. ``limit`` is for a run on the first records. The base rate
+    is Caffe's 0.001, for tanh 0.02 and for sigmoids 0.005, if none is given.
     """
     schedule = CaffePolicy(
         policy=policy, gamma=gamma, power=power, stepsize=stepsize, stepvalue=stepvalue, max_iter=max_iter
@@ -78,8 +79,9 @@ def task(
     model = cifar10_quick(train[0].sum(0).float() / len(train[0]), activation)
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     biases = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "lr": 2 * lr}]  # lr_mult: 1 and 2
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    rate = learning_rate(lr, 0.001 if activation == "relu" else 0.02, activation)
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "lr": 2 * rate}]  # lr_mult: 1 and 2
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, weight_decay=weight_decay)
     return Task(
         model=model,
         loss=nn.functional.cross_entropy,

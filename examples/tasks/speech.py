@@ -71,8 +71,8 @@ def task(
 ) -> Task:
     """Options: the data set's folder, the nonlinearity, SGD's momentum and its learning rate.
 
-    The rate (0.02, for sigmoids 0.005, if none is given) follows half a cosine down to zero over the epochs. Momentum is
-    low because a residual is one already: what is sent late is sent all at once.
+    The rate (0.02, for sigmoids 0.005, if none is given) follows half a cosine down to zero over the epochs. Momentum
+    is low because a residual is one already: what is sent late is sent all at once.
     """
     model = sainath_parada(activation)
     rate = learning_rate(lr, 0.02, activation)
