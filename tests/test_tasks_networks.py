@@ -131,6 +131,21 @@ def test_cifar10_quick_is_filled_as_caffe_fills_it() -> None:
     torch.testing.assert_close(network[0](images), images.float() - mean)
 
 
+def test_padding_changes_nothing() -> None:
+    """However long the other sentences of a batch are."""
+    torch.manual_seed(0)
+    network = SentenceCNN(50, "tanh").eval()
+    with torch.no_grad():
+        for window in network.windows:
+            next(window.parameters()).mul_(100)
+        network.windows[0].bias.fill_(0.3)  # type: ignore[operator, union-attr]
+        sentences = torch.randint(1, 51, (4, 20))
+        sentences[0, 3:] = sentences[1, 10:] = sentences[2, 19:] = 0
+        together = network(sentences)
+        alone = torch.cat([network(sentence[None]) for sentence in sentences])
+        torch.testing.assert_close(alone, together)
+
+
 def test_rows_are_never_longer_than_the_largest_norm() -> None:
     torch.manual_seed(0)
     network = SentenceCNN(50)

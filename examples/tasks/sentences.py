@@ -69,7 +69,9 @@ class SentenceCNN(nn.Module):
 
     def forward(self, sentences: Tensor) -> Tensor:
         """Word numbers (n, longest) to (n, 2)."""
-        vectors = self.vectors(sentences).transpose(1, 2)
+        # Windows of nothing but padding are all alike: one place of it behind the batch's longest sentence is enough.
+        longest = int((sentences != PADDING).sum(1).max())
+        vectors = self.vectors(sentences[:, : longest + 1]).transpose(1, 2)
         maps = [self.activation(window(vectors).amax(2)) for window in self.windows]
         return self.classes(self.dropout(torch.cat(maps, 1)))  # type: ignore[no-any-return]
 
