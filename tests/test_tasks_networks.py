@@ -97,6 +97,18 @@ def test_relu_keeps_the_weights_it_had() -> None:
     torch.manual_seed(3)
     found = [layer for layer in digits.lenet() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(expected, found, strict=True))
+    torch.manual_seed(3)
+    drawn = speech.sainath_parada()
+    torch.manual_seed(3)
+    again = speech.sainath_parada()
+    torch.manual_seed(3)
+    for module in again.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.reset_parameters()
+    for parameter in again.parameters():
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    assert all(torch.equal(a, b) for a, b in zip(drawn.parameters(), again.parameters(), strict=True) if a.dim() > 1)
 
 
 def test_sigmoids_get_smaller_steps_unless_told() -> None:

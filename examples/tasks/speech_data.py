@@ -21,6 +21,8 @@ WINDOW, HOP, BANDS, FRAMES = 256, 200, 40, 40  # 32 ms every 25 ms; 40 of them a
 SAMPLES = HOP * FRAMES
 FLOOR = 1e-2  # of the power in a band, below which it counts as silent; a full-scale sine has about 1e3
 TEST_INDICES = range(5)
+HOME = "https://github.com/Jakobovski/free-spoken-digit-dataset"
+WANTED = f"expected 16-bit mono at {RATE_HZ} Hz, as the Free Spoken Digit Dataset has it: {HOME}"
 NAME = re.compile(r"([0-9])_([^_]+)_([0-9]+)\.wav")
 
 
@@ -35,13 +37,14 @@ def read_wav(path: Path) -> Tensor:
             channels, width, rate, count, *_ = file.getparams()
             data = file.readframes(count)
     except (OSError, EOFError, wave.Error) as error:
-        raise ConfigError(f"{path}: not a WAV file that can be read: {error or 'it ends too early'}") from error
+        reason = error if str(error) else "it ends too early"
+        raise ConfigError(f"{path}: not a WAV file that can be read: {reason}; {WANTED}") from error
     if (channels, width, rate) != (1, 2, RATE_HZ):
         raise ConfigError(
-            f"{path}: {channels} channels of {8 * width} bits at {rate} Hz; it must be 1 of 16 at {RATE_HZ}"
+            f"{path}: {channels} channels of {8 * width} bits at {rate} Hz; it must be 1 of 16 at {RATE_HZ}; {WANTED}"
         )
     if count == 0 or len(data) != 2 * count:
-        raise ConfigError(f"{path}: {len(data)} bytes of samples; its header says {count} samples of 2 bytes")
+        raise ConfigError(f"{path}: {len(data)} bytes of samples; its header says {count} samples of 2 bytes; {WANTED}")
     return torch.from_numpy(np.frombuffer(data, dtype="<i2").astype(np.float32) / 32768)
 
 
@@ -75,7 +78,9 @@ def load_speech(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tens
     for row, path in zip(sounds, paths, strict=True):
         name = NAME.fullmatch(path.name)
         if name is None:
-            raise ConfigError(f"{path}: recordings are called DIGIT_SPEAKER_INDEX.wav, such as 7_jackson_32.wav")
+            raise ConfigError(
+                f"{path}: recordings are called DIGIT_SPEAKER_INDEX.wav, such as 7_jackson_32.wav: {HOME}"
+            )
         sound = read_wav(path)[:SAMPLES]
         row[: len(sound)] = sound
         digits.append(int(name[1]))
@@ -85,7 +90,7 @@ def load_speech(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tens
         raise ConfigError(
             f"{folder / 'recordings'} has {len(paths)} WAV files, {sum(is_test)} of them to test (indices 0 to 4) and "
             "the others to train on; set data= to the folder of the Free Spoken Digit Dataset, which holds "
-            "recordings/DIGIT_SPEAKER_INDEX.wav: https://github.com/Jakobovski/free-spoken-digit-dataset"
+            f"recordings/DIGIT_SPEAKER_INDEX.wav: {HOME}"
         )
     features = torch.cat([log_mel(part) for part in torch.split(sounds, 500)]).unsqueeze(1)
     seen = features[~held_out]
