@@ -39,7 +39,7 @@ def task(
     network: Literal["vgg11", "vgg16", "alexnet", "resnet20"] = "vgg11",
     activation: Activation = "relu",
     lr: float | None = None,
-    momentum: float = 0.9,
+    momentum: float = 0.5,
     weight_decay: float = 5e-4,
     limit: int | None = None,
     batch_size: int = 32,
@@ -48,7 +48,7 @@ def task(
     """Options: where the data are (``folder``, or ``data``, which means the same), which network, SGD's settings.
 
     ``limit`` is for a run on the first records only. The learning rate (0.05, for sigmoids 0.0125, if none is given)
-    follows half a cosine down to zero over the epochs.
+    follows half a cosine down to zero over the epochs. Momentum is low because a residual is one already.
     """
     where = folder if folder is not None else data
     if where is None:
