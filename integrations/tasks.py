@@ -54,6 +54,7 @@ class Task:
         batch_size: samples a worker takes per step; a step of N workers sees N times as many.
         epochs: passes over the training data.
         scheduler: stepped after every epoch.
+        step_scheduler: stepped after every step of this worker, for policies that count iterations, as Caffe's do.
         augment: applied to every batch of training inputs, on the worker's device.
         callbacks: hear of every step on the rank that made them (gradcomp.callbacks).
     """
@@ -66,6 +67,7 @@ class Task:
     batch_size: int
     epochs: int
     scheduler: LRScheduler | None = None
+    step_scheduler: LRScheduler | None = None
     augment: Callable[[Tensor], Tensor] | None = None
     callbacks: Sequence[Callback] = ()
 

@@ -42,7 +42,7 @@ class Trainer:
         self._step_s = step_s
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
-        """One optimizer step; the loss."""
+        """One optimizer step, and one of the schedule that counts them; the loss."""
         task = self.task
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         if task.augment is not None:
@@ -56,6 +56,8 @@ class Trainer:
             time.sleep(self._slow_s)
         marks.append(Mark(self.device))
         task.optimizer.step()
+        if task.step_scheduler is not None:
+            task.step_scheduler.step()
         marks.append(Mark(self.device))
         self._marks = marks
         self.steps += 1

@@ -118,6 +118,8 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             speech.read_wav(path)
         assert str(path) in str(error.value)
+        assert "expected 16-bit mono at 8000 Hz" in str(error.value)
+        assert str(error.value).endswith("https://github.com/Jakobovski/free-spoken-digit-dataset")
 
 
 @pytest.mark.parametrize("name", ["seven_ann_1.wav", "7_ann.wav", "12_ann_1.wav", "7_ann_x.wav", "7_ann_1_1.wav"])

@@ -10,24 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradcomp.examples.tasks.activations import Activation, initialise, learning_rate, nonlinearity
 from gradcomp.integrations.tasks import Task
 
 TEST_SAMPLES = 397
 
 
-def lenet() -> nn.Sequential:
+def lenet(activation: Activation = "relu") -> nn.Sequential:
     """Two 5x5 convolutions and two dense layers, for (batch, 1, 8, 8) images."""
-    return nn.Sequential(
+    network = nn.Sequential(
         nn.Conv2d(1, 32, 5, padding=2),
-        nn.ReLU(),
+        nonlinearity(activation),
         nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 5, padding=2),
-        nn.ReLU(),
+        nonlinearity(activation),
         nn.Flatten(),
         nn.Linear(64 * 4 * 4, 320),
-        nn.ReLU(),
+        nonlinearity(activation),
         nn.Linear(320, 10),
     )
+    if activation != "relu":  # for ReLU, torch's own initialisation
+        initialise(network, activation)
+    return network
 
 
 def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -49,13 +53,22 @@ def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[TEST_SAMPLES:], digits[TEST_SAMPLES:]), (images[:TEST_SAMPLES], digits[:TEST_SAMPLES])
 
 
-def task(*, lr: float = 0.2, momentum: float = 0.5, batch_size: int = 16, epochs: int = 12) -> Task:
-    """Options: SGD's momentum and its learning rate, which follows half a cosine down to zero over the epochs.
+def task(
+    *,
+    activation: Activation = "relu",
+    lr: float | None = None,
+    momentum: float = 0.5,
+    batch_size: int = 16,
+    epochs: int = 12,
+) -> Task:
+    """Options: the nonlinearity, SGD's momentum and its learning rate, half a cosine down to zero over the epochs.
 
-    Momentum is low because a residual is one already: what is sent late is sent all at once.
+    The rate is 0.2, for sigmoids 0.05, if none is given. Momentum is low because a residual is one already: what is
+    sent late is sent all at once.
     """
-    model = lenet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    model = lenet(activation)
+    rate = learning_rate(lr, 0.2, activation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     train, test = load_digits()
     return Task(
         model=model,
