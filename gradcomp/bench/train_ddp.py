@@ -24,7 +24,7 @@ from gradcomp.bench.methods import TORCH_HOOKS
 from gradcomp.bench.train_methods import DDP_RATIOS
 from gradcomp.errors import ConfigError
 from gradcomp.integrations import tasks
-from gradcomp.integrations.report import Summary, open_log
+from gradcomp.integrations.report import Summary
 from gradcomp.integrations.run_options import RunOptions, choose_device
 from gradcomp.integrations.trainer import EVALUATION_BATCH, Trainer
 
@@ -59,7 +59,7 @@ def train_with_ddp(options: RunOptions, hook: str, sent_and_received: Callable[[
     with contextlib.ExitStack() as stack:
         log = None
         if rank == 0 and options.log is not None:
-            log = stack.enter_context(contextlib.closing(open_log(options.log)))
+            log = stack.enter_context(open(options.log, "w", encoding="utf-8"))
         return _Run(options, hook, task, device, log, sent_and_received).train()
 
 
@@ -127,7 +127,7 @@ class _Run:
             started = time.perf_counter()
             for inputs, targets in batches:
                 loss = trainer.step(inputs, targets)
-                trainer.train_s += time.perf_counter() - started
+                trainer.count(time.perf_counter() - started)
                 self._write(record)  # the one before: the last of an epoch has more to say
                 record = self._record(epoch, loss)
                 started = time.perf_counter()
