@@ -35,7 +35,7 @@ def test_a_child_has_imported_what_takes_long_and_is_ours() -> None:
 
 @forks
 def test_what_torch_and_sklearn_set_while_imported_changes_nothing() -> None:
-    set_by_them = {"TORCHINDUCTOR_CACHE_DIR": "/tmp/x", "KMP_INIT_AT_FORK": "FALSE", "KMP_DUPLICATE_LIB_OK": "True"}
+    set_by_them = {"TORCHINDUCTOR_CACHE_DIR": "/nowhere/x", "KMP_INIT_AT_FORK": "FALSE", "KMP_DUPLICATE_LIB_OK": "True"}
     assert said("-c", LOADED, env=os.environ | set_by_them) == "True\n"
 
 
