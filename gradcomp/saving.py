@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping
 
@@ -27,25 +26,27 @@ def save(stepper: Stepper, transport: Transport, tuner: Tuner) -> dict[str, obje
 
 def load(state_dict: Mapping[str, object], stepper: Stepper, transport: Transport, tuner: Tuner) -> None:
     """See :meth:`gradcomp.GradientExchange.load_state_dict`."""
-    plan, settled = tuner.plan_for(state_dict)
+    plan = tuner.plan_for(state_dict)
     step, states = unpack(state_dict, _about(plan, transport))
     store = StateStore(transport.rank)
     store.load(states, plan.named_pieces(), plan.numels)
     _go_on(step, plan, store, stepper)
-    tuner.resume(settled)
+    tuner.resume(state_dict)
 
 
 def load_all(state_dicts: Iterable[Mapping[str, object]], stepper: Stepper, transport: Transport, tuner: Tuner) -> None:
     """See :meth:`gradcomp.GradientExchange.load_state_dicts`."""
-    left = iter(state_dicts)
-    first = [state_dict for _, state_dict in zip(range(1), left, strict=False)]  # one at a time: they are large
-    plan, settled = tuner.plan_for(first[0] if first else {})
-    about, device = _about(plan, transport), stepper.tensors[0].device
-    step, store = redistribute.restore_together(
-        itertools.chain(first, left), plan, about, transport, stepper.next_turn(), device
-    )
+    said: dict[str, object] = {}
+
+    def plan_for(state_dict: Mapping[str, object]) -> tuple[Plan, Mapping[str, object]]:
+        plan = tuner.plan_for(state_dict)
+        said["auto"] = state_dict.get("auto", "")
+        return plan, _about(plan, transport)
+
+    device = stepper.tensors[0].device
+    step, plan, store = redistribute.restore_together(state_dicts, plan_for, transport, stepper.next_turn(), device)
     _go_on(step, plan, store, stepper)
-    tuner.resume(settled)
+    tuner.resume(said)
 
 
 def _go_on(step: int, plan: Plan, store: StateStore, stepper: Stepper) -> None:

@@ -23,6 +23,8 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 2, 5
 _HOPELESS = 2.0
 # The first step after a change pays for the change: only if it waits so much longer is it enough to see.
 _HOPELESS_AT_ONCE = 8.0
+# After one turn only what is slower by that is out: a few steps may mislead.
+_CLEARLY = 0.4
 _CHANGED = 1.25
 _CHECK_S, _LEAST_CHECK, _MOST_CHECKS = 1.0, 4, 8
 
@@ -69,6 +71,11 @@ class Row:
         """Of each number by itself; not if there was no step."""
         return median(self.samples)
 
+    def as_dict(self) -> dict[str, object]:
+        """For stats; JSON-able."""
+        took_ms = self.step_s * 1e3 if self.samples else None
+        return {"step_ms": took_ms, "steps": len(self.samples), "out": self.out}
+
     def __str__(self) -> str:
         took = f"{self.step_s * 1e3:.1f} ms in {len(self.samples)} steps" if self.samples else ""
         return ", ".join(filter(None, (took, self.out)))
@@ -102,7 +109,7 @@ def race(
         rows: by label, the preferred ones first; filled in.
         now: the choice to keep if no other is faster by ``margin``; None: there is none.
         running: what the last step went with.
-        trial: steps a turn.
+        trial: steps of the first turn of each.
         least_s: a step's least time with a choice, as far as that is known without trying.
 
     Returns:
@@ -114,10 +121,13 @@ def race(
         if number >= _LEAST_ROUNDS and len(left) < 2:
             break
         for label in left if number % 2 == 0 else reversed(left):
-            running = yield from _turn(label, rows, running, trial, least_s.get(label, 0.0))
-        _drop_the_slower(rows, margin)
-    best = min(row.step_s for row in rows.values())
-    equal = [label for label, row in rows.items() if row.step_s <= best * (1.0 + margin)]
+            # Longer and longer: those that are left are nearly as fast, and a change costs more than such a step.
+            running = yield from _turn(label, rows, running, (number + 1) * trial, least_s.get(label, 0.0))
+        _drop_the_slower(rows, _CLEARLY if number == 0 else margin)
+    # Others were slower than these in the same minute; later ones were perhaps slower for all.
+    left = [label for label, row in rows.items() if not row.out]
+    best = min(rows[label].step_s for label in left)
+    equal = [label for label in left if rows[label].step_s <= best * (1.0 + margin)]
     return now if now is not None and now in equal else equal[0]
 
 
