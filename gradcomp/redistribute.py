@@ -68,7 +68,7 @@ def restore_together(
     agreed: handshake.Hello = {}
     try:
         step, plan, store = restore(state_dicts, plan_for, device, transport.party)
-        agreed = {"checkpoint": "fits", "step": step} | plan.describe()
+        agreed = {"checkpoint": "fits", "step": step, **plan.describe()}
     except GradcompError as error:
         # The others must hear of it, or they would wait for this rank.
         problem = error

@@ -24,7 +24,13 @@ from gradcomp.search import Search, Settled
 from gradcomp.stepper import Stepper
 from gradcomp.trials import Sample, Trials
 
-__all__ = ["Tuner"]
+__all__ = ["Tuner", "names_auto"]
+
+
+def names_auto(choice: Choice) -> bool:
+    """Whether ``auto`` is in a choice."""
+    given = [*(rule.compressor for rule in choice.rules), choice.default] if isinstance(choice, Rules) else [choice]
+    return any(isinstance(codec, Auto) for codec in given)
 
 
 class Tuner:
@@ -136,8 +142,7 @@ class Tuner:
         Raises:
             ConfigError: it is ``auto``.
         """
-        given = [*(rule.compressor for rule in choice.rules), choice.default] if isinstance(choice, Rules) else [choice]
-        if any(isinstance(codec, Auto) for codec in given):
+        if names_auto(choice):
             raise ConfigError("set_compressor: compressor 'auto' is not allowed in mid-run; give it to attach()")
         return choice
 
