@@ -30,7 +30,8 @@ _WARM_UP_STEPS = 3
 _LEAST_PATIENCE, _MOST_PATIENCE = 2, 32
 # What the link carries is timed with messages of growing size, until one takes long enough to tell.
 _PROBE_BYTES = (1 << 14, 1 << 18, 1 << 22, 1 << 24)
-_LONG_ENOUGH_S = 0.02
+_LONG_ENOUGH_S = 0.1
+_PROBE_TIMES = 3
 
 logger = logging.getLogger("gradcomp")
 
@@ -215,21 +216,23 @@ class Search:
         return rows
 
     def _probe(self) -> Link:
-        """The link of the rank that has the slowest: rather faster than it is, for short messages end with a trip."""
+        """The link of the rank that has the slowest. What a short message takes is latency, and no part of the rest."""
         others = self._transport.world_size - 1
         latency_s = math.inf
         for total_bytes in _PROBE_BYTES:
             message = torch.zeros(min(total_bytes // others, replicas.BROADCAST_CHUNK_BYTES) // 4)
             times_s = []
-            for _ in range(2):  # ranks do not come to the first one together
+            for _ in range(_PROBE_TIMES):  # ranks do not come to the first one together
                 start = self._clock()
                 replicas.gather(self._transport, self._stepper.next_turn(), message)
                 times_s.append(self._clock() - start)
-            slowest_s = max(row[0] for row in self._gather([times_s[1]]))
-            latency_s = min(latency_s, slowest_s)
-            if slowest_s >= _LONG_ENOUGH_S:
+            took_s = max(row[0] for row in self._gather([min(times_s)]))
+            latency_s = min(latency_s, took_s)
+            if took_s >= _LONG_ENOUGH_S:
                 break
-        return Link(latency_s=latency_s, bytes_per_s=4 * message.numel() * others / max(slowest_s, 1e-9))
+        # At least a tenth, where the longest was no longer than a trip: the link is then fast.
+        carrying_s = max(took_s - latency_s, 0.1 * took_s, 1e-9)
+        return Link(latency_s=latency_s, bytes_per_s=4 * message.numel() * others / carrying_s)
 
     def _least_bytes(self, plan: Plan) -> float:
         """What a rank sends in a step, however the exchange goes: as in a ring, twice all but its own share."""

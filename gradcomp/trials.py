@@ -18,7 +18,7 @@ IN_TIME = "it is time again"
 
 T = TypeVar("T")
 
-_LEAST_ROUNDS, _MOST_ROUNDS = 2, 5
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 4
 # Not even tried, or given up after a step: what takes so many times the best.
 _HOPELESS = 2.0
 # The first step after a change pays for the change: only if it waits so much longer is it enough to see.
@@ -118,7 +118,7 @@ def race(
     order = sorted(rows, key=lambda label: (label != now, least_s.get(label, 0.0)))
     for number in range(_MOST_ROUNDS):
         left = [label for label in order if not rows[label].out]
-        if number >= _LEAST_ROUNDS and len(left) < 2:
+        if number >= _LEAST_ROUNDS and (len(left) < 2 or _are_equal([rows[label] for label in left], margin)):
             break
         for label in left if number % 2 == 0 else reversed(left):
             # Longer and longer: those that are left are nearly as fast, and a change costs more than such a step.
@@ -159,6 +159,12 @@ def _drop_the_slower(rows: Mapping[str, Row], margin: float) -> None:
         # Beyond the margin by more than chance explains.
         if not row.out and row.step_s > fastest.step_s * (1.0 + margin) + 2.0 * (row.doubt_s + fastest.doubt_s):
             row.out = "slower"
+
+
+def _are_equal(rows: Sequence[Row], margin: float) -> bool:
+    """Whether no chance could have any of them outside the margin."""
+    fastest = min(rows, key=lambda row: row.step_s)
+    return all(row.step_s + 2.0 * (row.doubt_s + fastest.doubt_s) <= (1.0 + margin) * fastest.step_s for row in rows)
 
 
 def watch(
