@@ -186,9 +186,12 @@ class Search:
 
     def _mix(self, plans: Mapping[str, Plan]) -> tuple[str, Choice] | None:
         """A mixture of candidates worth trying, where it is known when buckets leave."""
-        rows, stepper = self.found.rows, self._stepper
-        ready_s = self._gather(self.ready_s) if len(self.ready_s) == len(stepper.plan.buckets) else []
-        if not ready_s or isinstance(stepper.gradients, HeldGradients) or self.found.link is None:
+        rows, stepper, link = self.found.rows, self._stepper, self.found.link
+        if link is None or self._transport.levels is not None or isinstance(stepper.gradients, HeldGradients):
+            return None
+        buckets = len(stepper.plan.buckets)
+        known, *ready_s = zip(*self._gather(self._ready_s(buckets)), strict=True)
+        if not all(known):
             return None
         labels = [label for label in self._candidates if rows[label].samples]
         mixer = Mixer(
@@ -197,10 +200,15 @@ class Search:
             samples={label: rows[label].median for label in labels},
             exchange=self._planner.exchange,
             world_size=self._transport.parties,
-            link=self.found.link,
-            ready_s=[max(sum(times) / len(times), 0.0) for times in zip(*ready_s, strict=True)],
+            link=link,
+            ready_s=[max(sum(times) / len(times), 0.0) for times in ready_s],
         )
         return mixer.mix(min(labels, key=lambda label: rows[label].step_s))
+
+    def _ready_s(self, buckets: int) -> list[float]:
+        """Whether it is known when so many buckets left in the last step, and when."""
+        known = len(self.ready_s) == buckets
+        return [float(known), *(self.ready_s if known else [0.0] * buckets)]
 
     def _agree(self, mine: Sample) -> Sample:
         """Of all ranks' samples one, the same bits on all."""

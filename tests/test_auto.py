@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import attach, parameters_of, run_ranks, small_net, train_step
+from test_hierarchical import run_hosts
 from torch import nn
 
 import gradcomp
@@ -381,6 +382,18 @@ def test_it_goes_with_other_times_of_exchange(options: dict[str, str]) -> None:
 
     a, b = run_ranks(2, rank_main, timeout_s=60.0)
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_it_goes_between_hosts() -> None:
+    def rank_main(transport: Any) -> list[str]:
+        with (run := Run(transport, compressor="auto")).sync:
+            used = list(run.steps(45, SLOW.__getitem__))
+            assert run.choice == "threshold:density=0.001"
+        return used
+
+    first, *others = run_hosts(2, 2, rank_main, timeout_s=60.0)
+    assert set(first) == {"none", "bf16", "threshold"}
+    assert others == [first] * 3
 
 
 def test_rules_keep_what_they_name() -> None:
