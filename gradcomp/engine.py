@@ -232,7 +232,8 @@ class GradientExchange(Session):
             (training thread waiting), ``decompress_ms``, ``hidden_fraction`` (share of the time on the wire that
             backward, or the next forward, hid), ``parameters`` (the same by name). Now: ``residual_norm``, and
             ``compressors``: each parameter's, as a spec string, by name. With hosts as levels (``hierarchical``) also
-            ``bytes_sent_between`` and ``bytes_received_between``: what of all bytes crossed between hosts.
+            ``bytes_sent_between`` and ``bytes_received_between``: what of all bytes crossed between hosts. With
+            compressor ``auto``, ``auto``: what was tried and chosen, and why.
         """
         return self._stepper.totals.as_dict() | {
             "compressors": dict(self._stepper.plan.specs),
