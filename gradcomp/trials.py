@@ -19,9 +19,9 @@ IN_TIME = "it is time again"
 T = TypeVar("T")
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 4
-# Not even tried, or given up after a step: what takes so many times the best.
+# Not even tried, or given up after two steps: what takes so many times the best.
 _HOPELESS = 2.0
-# The first step after a change pays for the change: only if it waits so much longer is it enough to see.
+# What takes so many times the best is given up at once, even though the first step after a change pays for the change.
 _HOPELESS_AT_ONCE = 8.0
 # After one turn only what is slower by that is out: a few steps may mislead.
 _CLEARLY = 0.4
@@ -134,7 +134,8 @@ def race(
 def _turn(label: str, rows: Mapping[str, Row], running: str, trial: int, least_s: float) -> Trials[str]:
     """Some steps with one choice, fewer if it turns out to be hopeless; returns what the last step went with."""
     row = rows[label]
-    best = min((other.step_s for name, other in rows.items() if name != label), default=math.inf)
+    # Of those still in the race: so the last one can never be given up.
+    best = min((other.step_s for name, other in rows.items() if name != label and not other.out), default=math.inf)
     if least_s > _HOPELESS * best:
         row.out = f"not tried: at least {least_s * 1e3:.0f} ms on this link"
         return running
@@ -145,19 +146,20 @@ def _turn(label: str, rows: Mapping[str, Row], running: str, trial: int, least_s
             row.out = "given up at once"
             return label
     for _ in range(trial):
-        sample = yield label
-        row.samples.append(sample)
-        if sample.wait_s > _HOPELESS * best:
+        row.samples.append((yield label))
+        wait_s = row.median.wait_s  # one of many may be an accident; so may the only one, unless it is very long
+        if wait_s > (_HOPELESS if len(row.samples) > 1 else _HOPELESS_AT_ONCE) * best:
             row.out = f"given up after {len(row.samples)} steps"
             break
     return label
 
 
 def _drop_the_slower(rows: Mapping[str, Row], margin: float) -> None:
-    fastest = min(rows.values(), key=lambda row: row.step_s)
-    for row in rows.values():
+    left = [row for row in rows.values() if not row.out]
+    fastest = min(left, key=lambda row: row.step_s)
+    for row in left:
         # Beyond the margin by more than chance explains.
-        if not row.out and row.step_s > fastest.step_s * (1.0 + margin) + 2.0 * (row.doubt_s + fastest.doubt_s):
+        if row.step_s > fastest.step_s * (1.0 + margin) + 2.0 * (row.doubt_s + fastest.doubt_s):
             row.out = "slower"
 
 
