@@ -19,8 +19,8 @@ IN_TIME = "it is time again"
 T = TypeVar("T")
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 4
-# Not even tried, or given up after two steps: what takes so many times the best.
-_HOPELESS = 2.0
+# Not even tried, or given up after two such steps in a row: what takes so many times the best.
+_HOPELESS, _MOST_LATE = 2.0, 2
 # What takes so many times the best is given up at once, even though the first step after a change pays for the change.
 _HOPELESS_AT_ONCE = 8.0
 # After one turn only what is slower by that is out: a few steps may mislead.
@@ -145,10 +145,12 @@ def _turn(label: str, rows: Mapping[str, Row], running: str, trial: int, least_s
             row.samples.append(first)
             row.out = "given up at once"
             return label
+    late = 0
     for _ in range(trial):
-        row.samples.append((yield label))
-        wait_s = row.median.wait_s  # one of many may be an accident; so may the only one, unless it is very long
-        if wait_s > (_HOPELESS if len(row.samples) > 1 else _HOPELESS_AT_ONCE) * best:
+        sample = yield label
+        row.samples.append(sample)
+        late = late + 1 if sample.wait_s > _HOPELESS * best else 0  # a single one may be an accident
+        if late == _MOST_LATE or (late and sample.wait_s > _HOPELESS_AT_ONCE * best):
             row.out = f"given up after {len(row.samples)} steps"
             break
     return label

@@ -89,6 +89,18 @@ def test_a_pause_decides_nothing() -> None:
     assert play(race(rows, now=None, running="none", trial=4, margin=0.02, least_s={}), took)[0] == "none"
 
 
+def test_a_link_that_becomes_slow_in_mid_trial_costs_two_steps() -> None:
+    rows = {"none": Row(), "threshold": Row()}
+    shake = itertools.cycle([0.9, 1.0, 1.1])
+
+    def took(label: str, number: int) -> Sample:
+        return Sample(1.0 * next(shake), 0.1) if label == "threshold" or number < 20 else Sample(4.0, 3.1)
+
+    chosen, labels = play(race(rows, now=None, running="none", trial=4, margin=0.02, least_s={}), took)
+    assert chosen == "threshold"
+    assert labels[20:].count("none") <= 3
+
+
 def test_accidents_leave_somebody_in_the_race() -> None:
     rows = {"none": Row(), "bf16": Row()}
     chance = random.Random(0)
