@@ -29,6 +29,7 @@ class Link:
         cpu_s_per_byte: core time that moving a byte costs a rank: sending it, and receiving another.
         cpu_s_per_message: the same for a message, however short, on the exchange thread.
         stream_bytes_per_s: what one pair can, if that is less.
+        burst_bytes: what an idle link lets through at once, as links that are shaped do.
     """
 
     latency_s: float
@@ -36,9 +37,10 @@ class Link:
     cpu_s_per_byte: float = 0.0
     cpu_s_per_message: float = 0.0
     stream_bytes_per_s: float | None = None
+    burst_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("latency_s", "cpu_s_per_byte", "cpu_s_per_message"):
+        for name in ("latency_s", "cpu_s_per_byte", "cpu_s_per_message", "burst_bytes"):
             check_number("Link", name, getattr(self, name), at_least=0.0)
         check_number("Link", "bytes_per_s", self.bytes_per_s, above=0.0)
         if self.stream_bytes_per_s is not None:

@@ -107,7 +107,7 @@ class _Sending:
 
     bucket: int
     stage: int
-    takes_s: float
+    nbytes: float
     bytes_per_s: float
 
 
@@ -206,8 +206,8 @@ class Play:
                 rate = self.link.rate(stage.messages)
                 for part in stage.parts:
                     yield _Job(part.work_s + part.messages * self.link.cpu_s_per_message)
-                    self._send(_Sending(i, seen.stage, part.sent_bytes / rate, rate))
-                self._send(_Sending(i, seen.stage, (stage.received_bytes - stage.sent_bytes) / rate, rate))
+                    self._send(_Sending(i, seen.stage, part.sent_bytes, rate))
+                self._send(_Sending(i, seen.stage, stage.received_bytes - stage.sent_bytes, rate))
                 seen.on_the_way -= 1
             else:
                 yield _Job(way.deliver_s)
@@ -222,17 +222,23 @@ class Play:
         return next((i for i in self._submitted if not self.seen[i].on_the_way), None)
 
     def _send(self, sending: _Sending) -> None:
-        if sending.takes_s > 0:
+        if sending.nbytes > 0:
             self.seen[sending.bucket].on_the_way += 1
             self._to_send.append(sending)
 
     def _wire(self) -> _Process:
+        """A token bucket: :attr:`gradcomp.forecast.Link.burst_bytes` are saved while nothing is sent."""
+        free_at_s = -self.link.burst_bytes / self.link.bytes_per_s  # from then on the link has carried nothing
         while True:
             yield lambda: bool(self._to_send)
             sending = self._to_send.pop(self._first())
             seen = self.seen[sending.bucket]
-            seen.wire_s += sending.takes_s
-            yield _Job(sending.takes_s, self.link.cpu_s_per_byte * sending.bytes_per_s)
+            free_at_s = max(free_at_s, self._machine.now_s - self.link.burst_bytes / sending.bytes_per_s)
+            free_at_s += sending.nbytes / sending.bytes_per_s
+            moving_s = self.link.cpu_s_per_byte * sending.nbytes
+            takes_s = max(free_at_s - self._machine.now_s, moving_s)
+            seen.wire_s += takes_s
+            yield _Job(takes_s, moving_s / takes_s if takes_s else 0.0)
             self._machine.start(self._arrive(seen))
 
     def _arrive(self, seen: _Seen) -> _Process:
