@@ -6,6 +6,7 @@ name, and serves those of other packages as well.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -159,7 +160,11 @@ def route(
     if world_size <= _ALL_RANKS:
         ranks = set(range(world_size))
     else:
-        ranks = {0, world_size // 2, world_size - 1}
+        owned = Counter[int]()
+        for piece in pieces:
+            if piece.owner is not None:
+                owned[piece.owner] += piece.numel
+        ranks = {0, world_size - 1, *(rank for rank, _ in owned.most_common(1))}
         if any(piece.reducers for piece in pieces):  # whose levels begin further and further apart
             ranks |= {2**i - 1 for i in range(1, world_size.bit_length())}
     routes = [walk(rank) for rank in sorted(ranks)]
