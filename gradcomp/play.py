@@ -48,6 +48,7 @@ class _Machine:
 
     def run(self) -> None:
         """Until nothing is left to do."""
+        self._wake()
         while self._working:
             speeds = self._speeds([job.cores for job, _ in self._working])
             passed_s = min(job.left_s / speed for (job, _), speed in zip(self._working, speeds, strict=True))

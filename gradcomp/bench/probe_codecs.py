@@ -7,7 +7,6 @@ they share a machine, they share its memory as well.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from gradcomp import kernels
 from gradcomp.bench.meeting import Meeting
-from gradcomp.bench.probe_model import Workload
+from gradcomp.bench.probe_model import Clock, Workload
 from gradcomp.forecast import CodecCost
 from gradcomp.interfaces import Compressor
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
@@ -89,23 +88,26 @@ class _Timed:
     def __init__(self, codec: Compressor, grads: Sequence[Tensor]) -> None:
         self.numel, self.shape = grads[0].numel(), tuple(grads[0].shape)
         self.packet = codec.encode(grads[0])
+        self._clock = Clock(grads[0].device)
         state = {} if codec.stateless else codec.new_state(grads[0])
         if not codec.stateless:
             codec.seed_state(state, parameter="weight", rank=0)
         times: dict[str, list[float]] = {"encode": [], "commit": [], "part": [], "decode": [], "clear": []}
-        out = torch.zeros(self.numel)
+        out = torch.zeros(self.numel, device=grads[0].device)
         for turn in range(_WARM_UP + _REPEATS):
             grad = grads[turn % len(grads)]
             if codec.stateless:
-                encode_s = _seconds(lambda g=grad: self._keep(codec.encode(g)))  # type: ignore[misc]
+                encode_s = self._seconds(lambda g=grad: self._keep(codec.encode(g)))  # type: ignore[misc]
                 commit_s = part_s = 0.0
             else:
                 encode_s, commit_s, part_s = self._with_state(codec, grad, state)
             data = memoryview(bytearray(self.packet.to_bytes()))
             decoder = codec.at(state) if codec.in_step else codec
-            clear_s = _seconds(lambda: kernels.clear(out))
-            decode_s = _seconds(
-                lambda d=data, c=decoder: c.decompress_add(Packet.from_bytes(d, numel=self.numel), out)  # type: ignore[misc]
+            clear_s = self._seconds(lambda: kernels.clear(out))
+            decode_s = self._seconds(
+                lambda d=data, c=decoder: c.decompress_add(
+                    Packet.from_bytes(d, numel=self.numel, device=out.device), out
+                )  # type: ignore[misc]
             )
             if turn >= _WARM_UP:
                 for name, took_s in zip(times, (encode_s, commit_s, part_s, decode_s, clear_s), strict=True):
@@ -117,25 +119,24 @@ class _Timed:
     def _keep(self, packet: Packet) -> None:
         self.packet = packet
 
+    def _seconds(self, call: Callable[[], object]) -> float:
+        start_s = self._clock()
+        call()
+        return self._clock() - start_s
+
     def _with_state(self, codec: Compressor, grad: Tensor, state: dict[str, Tensor]) -> tuple[float, float, float]:
         """Of a whole tensor, whose memory may become the residual; and of a part, whose memory may not."""
         mine = grad.clone()
-        start_s = time.process_time()
+        start_s = self._clock()
         packet, commit = codec.prepare(mine, state)
-        middle_s = time.process_time()
+        middle_s = self._clock()
         commit()
-        end_s = time.process_time()
+        end_s = self._clock()
         packet = codec.encode(grad, state)
         codec.commit(grad, packet, state)
-        both_s = time.process_time() - end_s
+        both_s = self._clock() - end_s
         self.packet = packet
         return middle_s - start_s, end_s - middle_s, max(both_s - (middle_s - start_s), 0.0)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start_s = time.process_time()
-    call()
-    return time.process_time() - start_s
 
 
 def _rounds(codec: Compressor, grad: Tensor) -> int:

@@ -22,7 +22,7 @@ from gradcomp.errors import ConfigError
 from gradcomp.forecast import StepProfile
 from gradcomp.integrations.tasks import load, train_batches
 
-__all__ = ["ModelProbe", "Workload", "load_workload", "probe_model"]
+__all__ = ["Clock", "ModelProbe", "Workload", "load_workload", "probe_model"]
 
 
 @dataclass
@@ -118,7 +118,7 @@ class ModelProbe:
         )
 
 
-class _Clock:
+class Clock:
     """Core time where the CPU computes, else time on the wall, once the device is done."""
 
     def __init__(self, device: torch.device) -> None:
@@ -136,7 +136,7 @@ def probe_model(workload: Workload, meeting: Meeting, *, steps: int = 8, warm_up
     """Time some steps, all ranks at once."""
     named = workload.named_parameters
     device = named[0][1].device
-    clock, on_cpu = _Clock(device), device.type == "cpu"
+    clock, on_cpu = Clock(device), device.type == "cpu"
     began_s = 0.0
     ready: dict[str, list[float]] = {name: [] for name, _ in named}
 
@@ -194,7 +194,7 @@ def probe_model(workload: Workload, meeting: Meeting, *, steps: int = 8, warm_up
         compute_cores=compute_cores,
         ranks_here=ranks_here,
         wall_s=statistics.median(walls),
-        copy_s_per_element=_copy_s_per_element(),
+        copy_s_per_element=_copy_s_per_element(device),
     )
 
 
@@ -203,11 +203,11 @@ def _cores() -> float:
     return float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _copy_s_per_element(numel: int = 1 << 20) -> float:
-    source = torch.ones(numel)
+def _copy_s_per_element(device: torch.device, numel: int = 1 << 20) -> float:
+    source, clock = torch.ones(numel, device=device), Clock(device)
     took = []
     for _ in range(7):
-        start_s = time.process_time()
-        torch.empty(numel).copy_(source)
-        took.append(time.process_time() - start_s)
+        start_s = clock()
+        torch.empty_like(source).copy_(source)
+        took.append(clock() - start_s)
     return statistics.median(took) / numel
