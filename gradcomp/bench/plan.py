@@ -40,7 +40,7 @@ from gradcomp.registry import format_spec
 from gradcomp.transports import environment
 from gradcomp.transports.pacing import parse_rate
 
-__all__ = ["main"]
+__all__ = ["main", "options_from", "plan_for", "specs"]
 
 _COMPRESSORS = "none,fp16,bf16,threshold,topk,onebit,int8,powersgd"
 # Of ranks that cannot be probed: what zmq took between namespaces of one machine.
@@ -50,8 +50,7 @@ _SLOWER = 1.2  # than the median rank: the slowest rank's step is what all wait 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; rank 0 prints."""
-    options = _parser().parse_args(argv)
-    _check(options)
+    options = options_from(argv)
     if options.lab is not None:
         return _lab(options)
     if options.workers is None and environment.world_size() < 2:
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.model, batch_size=options.batch_size, settings=options.settings, device=options.device
     )
     transport = None if options.workers is not None else registry.transport(options.transport or "zmq")
-    result = _plan(options, workload, transport)
+    result = plan_for(options, workload, transport)
     if result is None:
         return 0
     if options.json:
@@ -74,6 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check:
             print("\n" + checked_table([result]), flush=True)
     return 0
+
+
+def options_from(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        ConfigError: options that are out of range, or do not go together.
+    """
+    options = _parser().parse_args(argv)
+    _check(options)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,9 +121,9 @@ def _check(options: argparse.Namespace) -> None:
         check_integer("plan", name, getattr(options, name), at_least=1)
     check_number("plan", "bucket_mb", options.bucket_mb, above=0.0)
     check_number("plan", "latency_ms", options.latency_ms, at_least=0.0)
-    for spec in _specs(options.compressors):
+    for spec in specs(options.compressors):
         registry.compressor(spec)
-    for spec in _specs(options.exchanges):
+    for spec in specs(options.exchanges):
         registry.exchange(spec)
     if options.workers is None:
         if options.bandwidth is not None:
@@ -129,15 +139,15 @@ def _check(options: argparse.Namespace) -> None:
         check_number("plan", "cores", options.cores, above=0.0)
 
 
-def _specs(text: str) -> list[str]:
+def specs(text: str) -> list[str]:
     """Spec strings separated by commas, which also separate options: what has ``=`` and no ``:`` is one of these."""
-    specs: list[str] = []
+    found: list[str] = []
     for part in text.split(","):
-        if specs and "=" in part and ":" not in part.partition("=")[0]:
-            specs[-1] += "," + part
+        if found and "=" in part and ":" not in part.partition("=")[0]:
+            found[-1] += "," + part
         else:
-            specs.append(part)
-    return specs
+            found.append(part)
+    return found
 
 
 def _imagined(options: argparse.Namespace) -> Link:
@@ -162,16 +172,23 @@ def _imagined(options: argparse.Namespace) -> Link:
     )
 
 
-def _plan(options: argparse.Namespace, workload: Workload, transport: Transport | None) -> dict[str, Any] | None:
-    """All of it; None on ranks that print nothing."""
+def plan_for(options: argparse.Namespace, workload: Workload, transport: Transport | None) -> dict[str, Any] | None:
+    """Probe, forecast and advise; every rank calls it.
+
+    Args:
+        transport: between the ranks that are here, not connected; None: for ranks that are not.
+
+    Returns:
+        What ``--json`` prints, on rank 0; None on others.
+    """
     try:
         if transport is not None:
             transport.connect(
                 {"plan": options.model}, max_message_bytes=MAX_MESSAGE_BYTES, max_unclaimed_bytes=4 * MAX_MESSAGE_BYTES
             )
         meeting = Meeting(transport)
-        specs = [format_spec(registry.compressor(spec)) for spec in _specs(options.compressors)]
-        codecs: list[Compressor] = [NoCompression(), *(registry.compressor(spec) for spec in specs if spec != "none")]
+        names = [format_spec(registry.compressor(spec)) for spec in specs(options.compressors)]
+        codecs: list[Compressor] = [NoCompression(), *(registry.compressor(spec) for spec in names if spec != "none")]
         model = _of_all_models(meeting, probe_model(workload, meeting))
         samples = take_samples(workload)
         costs = _of_all_costs(meeting, probe_codecs(codecs, samples, meeting))
@@ -190,7 +207,7 @@ def _plan(options: argparse.Namespace, workload: Workload, transport: Transport 
         bucket_bytes=int(options.bucket_mb * 2**20),
         overlap=options.overlap,
     )
-    methods = [Method(spec, exchange) for exchange in _specs(options.exchanges) for spec in specs]
+    methods = [Method(spec, exchange) for exchange in specs(options.exchanges) for spec in names]
     predictions, refused = bench.predict_all(methods)
     if not predictions:
         raise ConfigError("plan: no method is to be had: " + "; ".join(refused.values()))

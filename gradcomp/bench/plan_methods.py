@@ -12,6 +12,7 @@ from gradcomp import registry
 from gradcomp.bench.probe_model import ModelProbe
 from gradcomp.bucket import DenseRule
 from gradcomp.errors import ConfigError
+from gradcomp.exchanges.hierarchical import Hierarchical
 from gradcomp.forecast import CodecCost, Forecast, Link, forecast
 from gradcomp.interfaces import Compressor
 from gradcomp.plan import Plan
@@ -70,6 +71,8 @@ class Bench:
             ConfigError: a compressor that its exchange does not take.
         """
         exchange = registry.exchange(method.exchange)
+        if isinstance(exchange, Hierarchical):
+            raise ConfigError(f"exchange {method.exchange!r} has levels, and is not forecast")
         plan = Plan.make(
             self.named,
             choose(method.compressor) if choice is None else choice,
