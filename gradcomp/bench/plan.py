@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lab", type=int, metavar="HOSTS", help="run on hosts that are network namespaces (root)")
     parser.add_argument("--rates", metavar="RATE,...", default="1gbit", help="of their links; default: %(default)s")
     parser.add_argument("--rules", metavar="FILE", help='write what is advised, for compressor="@FILE"')
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, or with --lab a line a rate")
     return parser
 
 
@@ -356,13 +356,11 @@ def _lab(options: argparse.Namespace) -> int:
     arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in _HANDED_ON]
     arguments += [f"--set={setting}" for setting in options.settings]
     arguments += [f"--transport={options.transport or 'zmq:insecure=true'}", *(["--check"] if options.check else [])]
-    results = in_lab(options.lab, rates, arguments)
-    if options.json:
-        print(json.dumps(results), flush=True)
-        return 0
-    for result in results:
-        print(f"== links of {result['rate']}\n\n{report(result)}\n", flush=True)
-    if options.check:
+    results = []
+    for result in in_lab(options.lab, rates, arguments):
+        results.append(result)
+        print(json.dumps(result) if options.json else f"== links of {result['rate']}\n\n{report(result)}\n", flush=True)
+    if options.check and not options.json:
         print(checked_table(results), flush=True)
     return 0
 

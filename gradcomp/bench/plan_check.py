@@ -7,7 +7,7 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -75,14 +75,16 @@ def measure(
     return Measured(statistics.median(times["exchange"]), statistics.median(times["compute"]), sent)
 
 
-def in_lab(hosts: int, rates: Sequence[str], arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Run ``gradcomp plan ARGUMENTS --json`` on as many hosts, once at each rate; what rank 0 printed.
+def in_lab(hosts: int, rates: Sequence[str], arguments: Sequence[str]) -> Generator[dict[str, Any], None, None]:
+    """Run ``gradcomp plan ARGUMENTS --json`` on as many hosts, once at each rate.
+
+    Yields:
+        What rank 0 printed, with its rate.
 
     Raises:
         ConfigError: there can be no lab here.
         WorkerFailed: a rank failed.
     """
-    found = []
     command = [sys.executable, "-m", "gradcomp.bench.plan", *arguments, "--json"]
     for rate in rates:
         with Lab(hosts, rate) as lab:
@@ -90,5 +92,4 @@ def in_lab(hosts: int, rates: Sequence[str], arguments: Sequence[str]) -> list[d
         if not lines:
             raise WorkerFailed(f"{' '.join(command)}: rank 0 printed nothing")
         result: Mapping[str, Any] = json.loads(lines[-1])
-        found.append({"rate": rate, **result})
-    return found
+        yield {"rate": rate, **result}
