@@ -193,9 +193,23 @@ def test_ranks_plan_together(task: str) -> None:
 
 
 def test_forecasts_are_put_beside_what_was_measured() -> None:
-    row = {"compressor": "none", "exchange": "auto", "step_ms": 110.0, "measured_ms": 100.0, "error": 0.1}
-    result = {"rate": "1gbit", "profile": {"compute_ms": 50.0}, "methods": [row | {"measured_compute_ms": 51.0}]}
-    assert checked_table([result]).endswith("median error 10.0% of 1 points; most 10.0%")
+    row = {"compressor": "none", "exchange": "auto", "step_ms": 110.0, "measured_ms": 100.0}
+    result = {
+        "rate": "1gbit",
+        "profile": {"compute_ms": 50.0},
+        "methods": [row | {"measured_compute_ms": 51.0, "error": 0.1, "error_then": -0.02}],
+    }
+    *_, last = checked_table([result]).splitlines()
+    assert last.startswith("median error 10.0% of 1 points, at most 10.0%")
+    assert last.endswith(" 2.0%, 2.0%")
+
+
+def test_a_forecast_for_the_cores_that_were_left() -> None:
+    bench = _bench(1e8)
+    assert bench.when_computing_took(0.15) is bench
+    busy = bench.when_computing_took(0.3)
+    assert busy.model.cores == pytest.approx(0.5)
+    assert busy.predict(METHODS[0]).forecast.compute_s == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

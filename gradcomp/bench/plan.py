@@ -211,15 +211,13 @@ def plan_for(options: argparse.Namespace, workload: Workload, transport: Transpo
     predictions, refused = bench.predict_all(methods)
     if not predictions:
         raise ConfigError("plan: no method is to be had: " + "; ".join(refused.values()))
-    measured = _measure_all(options, workload, predictions) if options.check else {}
+    measured = _measure_all(options, bench, workload, predictions) if options.check else {}
     if meeting.rank != 0:
         return None
     mixture = mix(bench, best_of(predictions))
     result = _result(options, bench, pairs, predictions, refused, mixture)
     for row in result["methods"]:
         row |= measured.get(Method(row["compressor"], row["exchange"]), {})
-        if "measured_ms" in row:
-            row["error"] = row["step_ms"] / row["measured_ms"] - 1
     if options.rules is not None:
         _write_rules(options.rules, mixture)
     return result
@@ -250,22 +248,26 @@ def _of_all_costs(meeting: Meeting, mine: dict[str, CodecCost]) -> dict[str, Cod
 
 
 def _measure_all(
-    options: argparse.Namespace, workload: Workload, predictions: Sequence[Prediction]
+    options: argparse.Namespace, bench: Bench, workload: Workload, predictions: Sequence[Prediction]
 ) -> dict[Method, dict[str, float]]:
+    """What was measured of each, and how wrong the forecast was: as it is, and for the cores that were left then."""
     found = {}
-    for prediction in sorted(predictions, key=lambda p: (p.method.compressor, p.method.exchange)):  # alike on all ranks
+    for one in sorted(predictions, key=lambda p: (p.method.compressor, p.method.exchange)):  # alike on all ranks
         got = measure(
             workload,
-            prediction.method,
+            one.method,
             transport=options.transport,
-            bucket_bytes=int(options.bucket_mb * 2**20),
+            bucket_bytes=bench.bucket_bytes,
             overlap=options.overlap,
             steps=options.steps,
         )
-        found[prediction.method] = {
+        then = bench.when_computing_took(got.compute_s).predict(one.method)
+        found[one.method] = {
             "measured_ms": 1e3 * got.step_s,
             "measured_compute_ms": 1e3 * got.compute_s,
             "measured_mb": got.sent_bytes / 1e6,
+            "error": one.step_s / got.step_s - 1,
+            "error_then": then.step_s / got.step_s - 1,
         }
     return found
 

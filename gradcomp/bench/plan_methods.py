@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -104,6 +104,14 @@ class Bench:
         if spec not in self.costs:
             raise ConfigError(f"compressor {spec!r} was not probed; there are {', '.join(self.costs)}")
         return self.costs[spec]
+
+    def when_computing_took(self, compute_s: float) -> Bench:
+        """With the cores that a rank had when its step by itself took so long; others may use a machine as well."""
+        model = self.model
+        had = model.compute_cores * (model.forward_s + model.backward_s + model.optimizer_s) / compute_s
+        if had >= 0.95 * model.compute_cores and model.cores >= model.compute_cores:
+            return self
+        return replace(self, model=replace(model, cores=had))
 
     def predict_all(self, methods: Sequence[Method]) -> tuple[list[Prediction], dict[Method, str]]:
         """The fastest first; and why others cannot be had."""

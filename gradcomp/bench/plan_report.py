@@ -86,21 +86,25 @@ def checked_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Forecast and measured side by side, for one or several rates, with the median of the errors."""
     lines = [
         f"{'rate':10} {'compressor':26} {'exchange':11} {'forecast':>9} {'measured':>9} {'error':>7} "
-        f"{'compute':>9} {'measured':>9}"
+        f"{'compute':>9} {'measured':>9} {'error then':>10}"
     ]
-    errors = []
+    errors, then = [], []
     for result in results:
         for row in result["methods"]:
             if "measured_ms" not in row:
                 continue
             errors.append(abs(row["error"]))
+            then.append(abs(row["error_then"]))
             lines.append(
                 f"{result.get('rate', ''):10} {row['compressor']:26} {row['exchange']:11} {row['step_ms']:9.1f} "
                 f"{row['measured_ms']:9.1f} {row['error']:+7.1%} {result['profile']['compute_ms']:9.1f} "
-                f"{row['measured_compute_ms']:9.1f}"
+                f"{row['measured_compute_ms']:9.1f} {row['error_then']:+10.1%}"
             )
     if errors:
-        lines.append(f"median error {statistics.median(errors):.1%} of {len(errors)} points; most {max(errors):.1%}")
+        lines.append(
+            f"median error {statistics.median(errors):.1%} of {len(errors)} points, at most {max(errors):.1%}; for the "
+            f"cores that were left while each was measured {statistics.median(then):.1%}, {max(then):.1%}"
+        )
     return "\n".join(lines)
 
 
