@@ -266,6 +266,7 @@ def _measure_all(
             "measured_ms": 1e3 * got.step_s,
             "measured_compute_ms": 1e3 * got.compute_s,
             "measured_mb": got.sent_bytes / 1e6,
+            "measured_core_ms": 1e3 * got.core_s,
             "error": one.step_s / got.step_s - 1,
             "error_then": then.step_s / got.step_s - 1,
         }
@@ -317,6 +318,7 @@ def _result(
                 "times_compute": one.step_s / one.forecast.compute_s,
                 "sent_mb": one.forecast.sent_bytes / 1e6,
                 "exposed_ms": 1e3 * one.forecast.exposed_s,
+                "core_ms": 1e3 * one.core_s(link),
             }
             for one in predictions
         ],

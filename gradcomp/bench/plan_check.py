@@ -27,10 +27,11 @@ _LAB_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians of this rank."""
+    """Medians of this rank; ``core_s``: core time that a step takes more than one without exchange."""
 
     step_s: float
     compute_s: float
+    core_s: float
     sent_bytes: float
 
 
@@ -47,6 +48,7 @@ def measure(
     """Attach and take some steps, each beside one without exchange; on all ranks alike."""
     logging.getLogger("gradcomp").setLevel(logging.ERROR)  # steps without an exchange are meant here
     times: dict[str, list[float]] = {"compute": [], "exchange": []}
+    cores: dict[str, list[float]] = {kind: [] for kind in times}
     in_a_row = 4 if overlap == "forward" else 1
     with gradcomp.attach(
         workload.optimizer,
@@ -64,15 +66,21 @@ def measure(
                 before = sync.stats()["bytes_sent"]
             for kind, took in times.items():
                 sync.average(torch.zeros(1))  # all ranks start the step together
-                start_s = time.perf_counter()
+                start_s, start_core_s = time.perf_counter(), time.process_time()
                 for _ in range(in_a_row):
                     with sync.no_sync() if kind == "compute" else nullcontext():
                         workload.step()
                 sync.wait()
                 if number >= warm_up:
                     took.append((time.perf_counter() - start_s) / in_a_row)
+                    cores[kind].append((time.process_time() - start_core_s) / in_a_row)
         sent = (sync.stats()["bytes_sent"] - before) / (steps * in_a_row)
-    return Measured(statistics.median(times["exchange"]), statistics.median(times["compute"]), sent)
+    return Measured(
+        step_s=statistics.median(times["exchange"]),
+        compute_s=statistics.median(times["compute"]),
+        core_s=statistics.median(cores["exchange"]) - statistics.median(cores["compute"]),
+        sent_bytes=sent,
+    )
 
 
 def in_lab(hosts: int, rates: Sequence[str], arguments: Sequence[str]) -> Generator[dict[str, Any], None, None]:

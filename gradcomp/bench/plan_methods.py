@@ -47,6 +47,12 @@ class Prediction:
     def step_s(self) -> float:
         return self.forecast.step_s
 
+    def core_s(self, link: Link) -> float:
+        """Core time of a rank, for all of the exchange."""
+        buckets = self.forecast.buckets
+        work_s = sum(bucket.encode_s + bucket.decode_s for bucket in buckets)
+        return work_s + link.cpu_s_per_byte * self.forecast.sent_bytes
+
 
 @dataclass(frozen=True)
 class Bench:

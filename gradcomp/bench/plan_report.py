@@ -109,10 +109,13 @@ def checked_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _methods(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [f"{'compressor':26} {'exchange':11} {'step ms':>9} {'x compute':>9} {'sent MB':>9} {'exposed ms':>10}"]
+    lines = [
+        f"{'compressor':26} {'exchange':11} {'step ms':>9} {'x compute':>9} {'sent MB':>9} {'exposed ms':>10} "
+        f"{'core ms':>8}"
+    ]
     lines += [
         f"{row['compressor']:26} {row['exchange']:11} {row['step_ms']:9.1f} {row['times_compute']:9.2f} "
-        f"{row['sent_mb']:9.3f} {row['exposed_ms']:10.1f}"
+        f"{row['sent_mb']:9.3f} {row['exposed_ms']:10.1f} {row['core_ms']:8.1f}"
         for row in rows
     ]
     return lines
