@@ -12,7 +12,12 @@ from gradcomp.routes import Route
 if TYPE_CHECKING:
     from gradcomp.forecast import Link, StepProfile
 
-__all__ = ["Play"]
+__all__ = ["Play", "most_cores"]
+
+
+def most_cores(wanted: float, thread_cores: float) -> float:
+    """What somebody who could use so many cores, a thread on each, gets of them where he is alone."""
+    return min(wanted, max(wanted, 1.0) * thread_cores)
 
 
 @dataclass
@@ -29,9 +34,9 @@ _Process = Generator["_Job | Callable[[], bool]", None, None]  # takes a job's t
 class _Machine:
     """Time passes here, and jobs share cores: none gets more than it wants, and none less than its share."""
 
-    def __init__(self, cores: float) -> None:
+    def __init__(self, cores: float, thread_cores: float) -> None:
         self.now_s = 0.0
-        self._cores = cores
+        self._cores, self._thread_cores = cores, thread_cores
         self._working: list[tuple[_Job, _Process]] = []
         self._waiting: list[tuple[Callable[[], bool], _Process]] = []
 
@@ -75,10 +80,11 @@ class _Machine:
 
     def _speeds(self, wanted: Sequence[float]) -> list[float]:
         speeds = [1.0] * len(wanted)
+        most = [most_cores(cores, self._thread_cores) for cores in wanted]
         left, sharing = self._cores, sum(cores > 0 for cores in wanted)
-        for i in sorted(range(len(wanted)), key=lambda i: wanted[i]):
+        for i in sorted(range(len(wanted)), key=lambda i: most[i]):
             if wanted[i] > 0:
-                got = min(wanted[i], left / sharing)
+                got = min(most[i], left / sharing)
                 speeds[i] = got / wanted[i]
                 left -= got
                 sharing -= 1
@@ -120,7 +126,7 @@ class Play:
         self.seen: list[_Seen] = []
         self.awaited_from_s = 0.0  # when training began to wait
         self._urgent = False
-        self._machine = _Machine(profile.cores)
+        self._machine = _Machine(profile.cores, profile.thread_cores)
         self._submitted: list[int] = []  # new ones first, as gradcomp.driver has them
         self._to_send: list[_Sending] = []
         self._ends_s: list[float] = []

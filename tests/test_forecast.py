@@ -111,6 +111,22 @@ def test_on_one_core_work_adds_up_instead_of_overlapping() -> None:
     assert half.step_s >= (0.16 + 4e-3) / 0.5
 
 
+def test_where_others_use_the_machine_each_thread_gets_less() -> None:
+    """But several threads get more than one does."""
+    profile = StepProfile(forward_s=0.05, backward_s=0.1, optimizer_s=0.01, ready_s=(0.02, 0.1), thread_cores=0.5)
+    assert profile.compute_s == pytest.approx(0.32)
+    found = forecast(
+        _plan("all_gather", world_size=2, tensors=2),
+        gradcomp.exchange("all_gather"),
+        profile=profile,
+        link=Link(latency_s=0.0, bytes_per_s=1e12),
+        cost_of=_cost,
+        world_size=2,
+    )
+    # The first bucket's work, 2 ms of a core, goes on beside backward; the second's takes twice as long.
+    assert found.step_s == pytest.approx(0.32 + 2 * 2e-3, rel=1e-4)
+
+
 def test_moving_bytes_takes_core_time() -> None:
     free, dear = (_forecast(cores=1.0, ready_s=[0.02, 0.1], cpu_s_per_byte=cost) for cost in (0.0, 5e-9))
     # The first bucket's megabyte costs 5 ms of the core that backward is on; the second's is on an idle one.

@@ -109,6 +109,7 @@ def _bench(rate: float, *, ready_s: float = 0.1, world_size: int = 4) -> Bench:
         optimizer_s=0.0,
         parameter_ready_s={"1.weight": 0.01, "0.weight": ready_s},
         cores=4.0,
+        thread_cores=1.0,
         machine_cores=4.0,
         compute_cores=1.0,
         ranks_here=1,
@@ -206,9 +207,9 @@ def test_forecasts_are_put_beside_what_was_measured() -> None:
 
 def test_a_forecast_for_the_cores_that_were_left() -> None:
     bench = _bench(1e8)
-    assert bench.when_computing_took(0.15) is bench
+    assert bench.when_computing_took(0.15) == bench
     busy = bench.when_computing_took(0.3)
-    assert busy.model.cores == pytest.approx(0.5)
+    assert busy.model.thread_cores == pytest.approx(0.5)
     assert busy.predict(METHODS[0]).forecast.compute_s == pytest.approx(0.3)
 
 

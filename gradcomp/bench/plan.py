@@ -197,7 +197,7 @@ def plan_for(options: argparse.Namespace, workload: Workload, transport: Transpo
         if transport is not None:
             transport.close()
     if options.workers is not None:  # whatever else runs on this machine now will not run there
-        model = dataclasses.replace(model, cores=options.cores or model.machine_cores)
+        model = dataclasses.replace(model, cores=options.cores or model.machine_cores, thread_cores=1.0)
     bench = Bench(
         named=workload.named_parameters,
         model=model,
@@ -299,6 +299,7 @@ def _result(
             "compute_ms": 1e3 * compute_s,
             "wall_ms": 1e3 * model.wall_s,
             "cores": model.cores,
+            "thread_cores": model.thread_cores,
             "ranks_here": model.ranks_here,
         },
         "link": {

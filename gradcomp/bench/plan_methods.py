@@ -114,10 +114,9 @@ class Bench:
     def when_computing_took(self, compute_s: float) -> Bench:
         """With the cores that a rank had when its step by itself took so long; others may use a machine as well."""
         model = self.model
-        had = model.compute_cores * (model.forward_s + model.backward_s + model.optimizer_s) / compute_s
-        if had >= 0.95 * model.compute_cores and model.cores >= model.compute_cores:
-            return self
-        return replace(self, model=replace(model, cores=had))
+        had = (model.forward_s + model.backward_s + model.optimizer_s) / compute_s  # of each core that computes
+        alone = had >= 0.95 * min(1.0, model.cores / max(model.compute_cores, 1.0))
+        return replace(self, model=replace(model, thread_cores=1.0 if alone else had))
 
     def predict_all(self, methods: Sequence[Method]) -> tuple[list[Prediction], dict[Method, str]]:
         """The fastest first; and why others cannot be had."""

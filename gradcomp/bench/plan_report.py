@@ -68,6 +68,10 @@ def report(result: Mapping[str, Any]) -> str:
         f"link              {link['mbit_per_s']:,.1f} Mbit/s a rank to all others, {link['latency_ms']:.3f} ms one "
         f"way, {link['cpu_ns_per_byte']:.2f} ns of a core a byte",
     ]
+    if profile["thread_cores"] < 1:
+        lines.append(
+            f"other programs     leave a thread {profile['thread_cores']:.0%} of a core: times are longer by that"
+        )
     lines += _matrix(result.get("pairs"))
     lines += ["", *_methods(result["methods"])]
     for name, why in result["refused"].items():

@@ -84,7 +84,8 @@ class ModelProbe:
 
     Attributes:
         parameter_ready_s: from the start of backward, by name.
-        cores: of this rank: its part of the machine's, or what others left it.
+        cores: of this rank: its part of the machine's.
+        thread_cores: what a thread got of a core, where other programs used the machine as well.
         machine_cores: of the whole machine, that may be used.
         ranks_here: how many ranks share this machine.
         wall_s: what a step took by the clock, with all ranks computing at once.
@@ -96,6 +97,7 @@ class ModelProbe:
     optimizer_s: float
     parameter_ready_s: dict[str, float]
     cores: float
+    thread_cores: float
     machine_cores: float
     compute_cores: float
     ranks_here: int
@@ -113,6 +115,7 @@ class ModelProbe:
                 for bucket in buckets
             ),
             cores=self.cores,
+            thread_cores=self.thread_cores,
             compute_cores=self.compute_cores,
             copy_s_per_element=self.copy_s_per_element,
         )
@@ -178,8 +181,7 @@ def probe_model(workload: Workload, meeting: Meeting, *, steps: int = 8, warm_up
     machines = meeting.gather(machine_name())
     ranks_here = machines.count(machine_name())
     cores = _cores() / ranks_here
-    if on_cpu and busy < 0.9 * min(cores, 1.0):  # somebody else computes here as well
-        cores = busy
+    crowded = on_cpu and busy < 0.9 * min(cores, 1.0)
     return ModelProbe(
         forward_s=forward_s,
         backward_s=backward_s,
@@ -190,6 +192,7 @@ def probe_model(workload: Workload, meeting: Meeting, *, steps: int = 8, warm_up
             if len(times) > warm_up
         },
         cores=cores,
+        thread_cores=busy if crowded else 1.0,
         machine_cores=_cores(),
         compute_cores=compute_cores,
         ranks_here=ranks_here,
