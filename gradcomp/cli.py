@@ -31,7 +31,9 @@ BENCHMARKS = {
     "ddp-hooks": "gradcomp.bench.ddp_hooks",
     "memory": "gradcomp.bench.memory",
 }
-TOOLS: dict[str, tuple[str, str]] = {}  # command: its module, and what it is for
+TOOLS: dict[str, tuple[str, str]] = {  # command: its module, and what it is for
+    "plan": ("gradcomp.bench.plan", "probe link, codecs and network, and say which method to use, and why"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

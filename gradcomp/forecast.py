@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gradcomp.interfaces import Exchange
 from gradcomp.options import check_choice, check_integer, check_number
 from gradcomp.plan import Plan
-from gradcomp.play import Play
+from gradcomp.play import Play, most_cores
 from gradcomp.routes import CodecCost, CostOf, route
 
 __all__ = ["BucketForecast", "CodecCost", "CostOf", "Forecast", "Link", "StepProfile", "forecast"]
@@ -29,6 +29,7 @@ class Link:
         cpu_s_per_byte: core time that moving a byte costs a rank: sending it, and receiving another.
         cpu_s_per_message: the same for a message, however short, on the exchange thread.
         stream_bytes_per_s: what one pair can, if that is less.
+        burst_bytes: what an idle link lets through at once, as links that are shaped do.
     """
 
     latency_s: float
@@ -36,9 +37,10 @@ class Link:
     cpu_s_per_byte: float = 0.0
     cpu_s_per_message: float = 0.0
     stream_bytes_per_s: float | None = None
+    burst_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("latency_s", "cpu_s_per_byte", "cpu_s_per_message"):
+        for name in ("latency_s", "cpu_s_per_byte", "cpu_s_per_message", "burst_bytes"):
             check_number("Link", name, getattr(self, name), at_least=0.0)
         check_number("Link", "bytes_per_s", self.bytes_per_s, above=0.0)
         if self.stream_bytes_per_s is not None:
@@ -59,6 +61,7 @@ class StepProfile:
         forward_s, backward_s, optimizer_s: on cores that nobody else uses.
         ready_s: from the start of backward until each bucket's gradients are there.
         cores: of a rank: 0.5 where four ranks share two.
+        thread_cores: what a thread gets of a core at most: less than 1 where other programs use the machine as well.
         compute_cores: how many of them computing keeps busy; 0 where a GPU computes.
         copy_s_per_element: of one core, copying a float32 from memory to memory.
         overhead_s: of one core, what each step takes beside, once it is exchanged.
@@ -69,6 +72,7 @@ class StepProfile:
     optimizer_s: float
     ready_s: tuple[float, ...]
     cores: float = 2.0
+    thread_cores: float = 1.0
     compute_cores: float = 1.0
     copy_s_per_element: float = 0.0
     overhead_s: float = 0.0
@@ -78,6 +82,7 @@ class StepProfile:
         for name in ("forward_s", "backward_s", "optimizer_s", "compute_cores", "copy_s_per_element", "overhead_s"):
             check_number("StepProfile", name, getattr(self, name), at_least=0.0)
         check_number("StepProfile", "cores", self.cores, above=0.0)
+        check_number("StepProfile", "thread_cores", self.thread_cores, above=0.0, at_most=1.0)
         for ready_s in self.ready_s:
             check_number("StepProfile", "ready_s", ready_s, at_least=0.0)
 
@@ -85,7 +90,15 @@ class StepProfile:
     def compute_s(self) -> float:
         """The step by itself, on the cores there are."""
         computing = self.forward_s + self.backward_s + self.optimizer_s
-        return computing / min(1.0, self.cores / self.compute_cores if self.compute_cores else 1.0)
+        if not self.compute_cores:
+            return computing
+        most = most_cores(self.compute_cores, self.thread_cores)
+        return computing * self.compute_cores / min(self.cores, most)
+
+    @property
+    def thread_speed(self) -> float:
+        """Of a thread that works while no other does."""
+        return min(self.thread_cores, self.cores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +200,7 @@ def forecast(
                 wire_s=seen.wire_s,
                 decode_s=way.decode_s,
                 done_s=seen.done_s,
-                exposed_s=waited + way.finish_s / min(1.0, profile.cores),
+                exposed_s=waited + way.finish_s / profile.thread_speed,
             )
         )
         done_before = max(done_before, seen.done_s)

@@ -12,7 +12,12 @@ from gradcomp.routes import Route
 if TYPE_CHECKING:
     from gradcomp.forecast import Link, StepProfile
 
-__all__ = ["Play"]
+__all__ = ["Play", "most_cores"]
+
+
+def most_cores(wanted: float, thread_cores: float) -> float:
+    """What somebody who could use so many cores, a thread on each, gets of them where he is alone."""
+    return min(wanted, max(wanted, 1.0) * thread_cores)
 
 
 @dataclass
@@ -29,9 +34,9 @@ _Process = Generator["_Job | Callable[[], bool]", None, None]  # takes a job's t
 class _Machine:
     """Time passes here, and jobs share cores: none gets more than it wants, and none less than its share."""
 
-    def __init__(self, cores: float) -> None:
+    def __init__(self, cores: float, thread_cores: float) -> None:
         self.now_s = 0.0
-        self._cores = cores
+        self._cores, self._thread_cores = cores, thread_cores
         self._working: list[tuple[_Job, _Process]] = []
         self._waiting: list[tuple[Callable[[], bool], _Process]] = []
 
@@ -48,6 +53,7 @@ class _Machine:
 
     def run(self) -> None:
         """Until nothing is left to do."""
+        self._wake()
         while self._working:
             speeds = self._speeds([job.cores for job, _ in self._working])
             passed_s = min(job.left_s / speed for (job, _), speed in zip(self._working, speeds, strict=True))
@@ -74,10 +80,11 @@ class _Machine:
 
     def _speeds(self, wanted: Sequence[float]) -> list[float]:
         speeds = [1.0] * len(wanted)
+        most = [most_cores(cores, self._thread_cores) for cores in wanted]
         left, sharing = self._cores, sum(cores > 0 for cores in wanted)
-        for i in sorted(range(len(wanted)), key=lambda i: wanted[i]):
+        for i in sorted(range(len(wanted)), key=lambda i: most[i]):
             if wanted[i] > 0:
-                got = min(wanted[i], left / sharing)
+                got = min(most[i], left / sharing)
                 speeds[i] = got / wanted[i]
                 left -= got
                 sharing -= 1
@@ -107,7 +114,7 @@ class _Sending:
 
     bucket: int
     stage: int
-    takes_s: float
+    nbytes: float
     bytes_per_s: float
 
 
@@ -119,7 +126,7 @@ class Play:
         self.seen: list[_Seen] = []
         self.awaited_from_s = 0.0  # when training began to wait
         self._urgent = False
-        self._machine = _Machine(profile.cores)
+        self._machine = _Machine(profile.cores, profile.thread_cores)
         self._submitted: list[int] = []  # new ones first, as gradcomp.driver has them
         self._to_send: list[_Sending] = []
         self._ends_s: list[float] = []
@@ -206,8 +213,8 @@ class Play:
                 rate = self.link.rate(stage.messages)
                 for part in stage.parts:
                     yield _Job(part.work_s + part.messages * self.link.cpu_s_per_message)
-                    self._send(_Sending(i, seen.stage, part.sent_bytes / rate, rate))
-                self._send(_Sending(i, seen.stage, (stage.received_bytes - stage.sent_bytes) / rate, rate))
+                    self._send(_Sending(i, seen.stage, part.sent_bytes, rate))
+                self._send(_Sending(i, seen.stage, stage.received_bytes - stage.sent_bytes, rate))
                 seen.on_the_way -= 1
             else:
                 yield _Job(way.deliver_s)
@@ -222,17 +229,23 @@ class Play:
         return next((i for i in self._submitted if not self.seen[i].on_the_way), None)
 
     def _send(self, sending: _Sending) -> None:
-        if sending.takes_s > 0:
+        if sending.nbytes > 0:
             self.seen[sending.bucket].on_the_way += 1
             self._to_send.append(sending)
 
     def _wire(self) -> _Process:
+        """A token bucket: :attr:`gradcomp.forecast.Link.burst_bytes` are saved while nothing is sent."""
+        free_at_s = -self.link.burst_bytes / self.link.bytes_per_s  # from then on the link has carried nothing
         while True:
             yield lambda: bool(self._to_send)
             sending = self._to_send.pop(self._first())
             seen = self.seen[sending.bucket]
-            seen.wire_s += sending.takes_s
-            yield _Job(sending.takes_s, self.link.cpu_s_per_byte * sending.bytes_per_s)
+            free_at_s = max(free_at_s, self._machine.now_s - self.link.burst_bytes / sending.bytes_per_s)
+            free_at_s += sending.nbytes / sending.bytes_per_s
+            moving_s = self.link.cpu_s_per_byte * sending.nbytes
+            takes_s = max(free_at_s - self._machine.now_s, moving_s)
+            seen.wire_s += takes_s
+            yield _Job(takes_s, moving_s / takes_s if takes_s else 0.0)
             self._machine.start(self._arrive(seen))
 
     def _arrive(self, seen: _Seen) -> _Process:

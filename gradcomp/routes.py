@@ -6,6 +6,7 @@ name, and serves those of other packages as well.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -156,11 +157,17 @@ def route(
         scale = _Scale(rank, world_size, bucket, pieces, costs, plain, copy_s_per_element)
         return scale.walk(exchange)
 
-    ranks = range(world_size) if world_size <= _ALL_RANKS else (0, world_size - 1)
-    routes = [walk(rank) for rank in ranks]
-    if world_size > _ALL_RANKS and not _alike(*routes):
-        # A tree's levels begin further and further apart.
-        routes += [walk(2**i - 1) for i in range(1, world_size.bit_length()) if 2**i < world_size]
+    if world_size <= _ALL_RANKS:
+        ranks = set(range(world_size))
+    else:
+        owned = Counter[int]()
+        for piece in pieces:
+            if piece.owner is not None:
+                owned[piece.owner] += piece.numel
+        ranks = {0, world_size - 1, *(rank for rank, _ in owned.most_common(1))}
+        if any(piece.reducers for piece in pieces):  # whose levels begin further and further apart
+            ranks |= {2**i - 1 for i in range(1, world_size.bit_length())}
+    routes = [walk(rank) for rank in sorted(ranks)]
     if len(routes) == 1:
         return routes[0]
     most = max(len(found.stages) for found in routes)
@@ -172,13 +179,6 @@ def route(
         decode_s=max(r.decode_s for r in routes),
         sent_bytes=max(r.sent_bytes for r in routes),
     )
-
-
-def _alike(one: Route, other: Route) -> bool:
-    if len(one.stages) != len(other.stages):
-        return False
-    pairs = zip(one.stages, other.stages, strict=True)
-    return all(abs(a.sent_bytes - b.sent_bytes) <= 0.1 * max(a.sent_bytes, b.sent_bytes, 1.0) for a, b in pairs)
 
 
 def _longest(stages: Sequence[Stage]) -> Stage:
