@@ -34,6 +34,7 @@ BENCHMARKS = {
     "train": "gradcomp.bench.train",
 }
 TOOLS: dict[str, tuple[str, str]] = {  # command: its module, and what it is for
+    "plan": ("gradcomp.bench.plan", "probe link, codecs and network, and say which method to use, and why"),
     "report": ("gradcomp.integrations.report_page", "make an HTML page, and pictures, of the logs of runs"),
     "top": ("gradcomp.integrations.top", "watch a run that writes a log, live in the terminal"),
 }

@@ -25,6 +25,7 @@ from gradcomp.registry import Spec
 from gradcomp.rules import Choice, choose
 from gradcomp.session import Session
 from gradcomp.stepper import Stepper
+from gradcomp.tuner import Tuner
 from gradcomp.vectors import Vectors
 from gradcomp.version import WIRE_VERSION, __version__
 
@@ -111,7 +112,8 @@ class GradientExchange(Session):
         self._vector_turns = itertools.count()  # of their own: buckets of one step must share theirs
         self._closed = False
         tensors = [tensor for _, tensor in named_parameters]
-        plan = self._planner.plan(named_parameters, compressor)
+        self._tuner = Tuner(compressor, self._planner)
+        plan = self._tuner.first_plan(named_parameters)
         transport.check_device(tensors[0].device)
         self._stepper = Stepper(
             plan=plan,
@@ -125,9 +127,10 @@ class GradientExchange(Session):
         )
         self.ahead = Ahead(self._stepper, self._leave)
         everything = [*tensors, *buffers]
-        most = plan.most_bytes(exchange, transport.parties)
+        most = self._tuner.most_bytes(plan, named_parameters, transport.parties)
         longest, all_together = message_bounds(most, everything, later)
         self._agreed = longest, all_together
+        self._tuner.bind(self._stepper, transport, self._agreed, lambda choice: self._set("auto", lambda: choice))
         # Another rank can be a whole step ahead of this one, or a whole broadcast.
         transport.first_needed_first = ahead
         transport.connect(
@@ -157,7 +160,7 @@ class GradientExchange(Session):
 
     @property
     def compressor(self) -> Choice:
-        """What compresses now: a Compressor, or Rules."""
+        """What compresses now: a Compressor, or Rules; with ``auto`` what it has come to."""
         return self._stepper.plan.compressor
 
     @property
@@ -184,6 +187,7 @@ class GradientExchange(Session):
                 self._buffer_policy.apply(self.transport, self._stepper.next_turn(), self._synced)
             if self._digest_every and step % self._digest_every == 0:
                 self._compare()
+            self._tuner.step_over()
 
     def ready(self, *positions: int) -> None:
         """These parameters, by their position among the named ones, have their gradients: for those who bring hooks."""
@@ -229,11 +233,13 @@ class GradientExchange(Session):
             in place), ``hidden_fraction`` (share of the time on the wire that backward, or the next forward, hid),
             ``parameters`` (the same by name, and ``residual_norm``). Now: ``residual_norm`` (of all), and
             ``compressors``: each parameter's, as a spec string, by name. With hosts as levels (``hierarchical``) also
-            ``bytes_sent_between`` and ``bytes_received_between``: what of all bytes crossed between hosts.
+            ``bytes_sent_between`` and ``bytes_received_between``: what of all bytes crossed between hosts. With
+            compressor ``auto``, ``auto``: what was tried and chosen, and why.
         """
         return self._stepper.totals.as_dict() | {
             "compressors": dict(self._stepper.plan.specs),
             **self.transport.traffic(),
+            **self._tuner.stats(),
         }
 
     def average(self, tensor: Tensor) -> Tensor:
@@ -260,7 +266,7 @@ class GradientExchange(Session):
         Save one a rank; with model, optimizer and random state it restores a run bit for bit.
         """
         self.wait()
-        return saving.save(self._stepper, self.transport)
+        return saving.save(self._stepper, self.transport, self._tuner)
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Restore what :meth:`state_dict` gave, on the same rank of as many ranks. Nothing changes if it is refused.
@@ -269,7 +275,7 @@ class GradientExchange(Session):
             StateError: it is from another rank, world size, compressor or model.
         """
         self.wait()
-        saving.load(state_dict, self._stepper, self.transport)
+        saving.load(state_dict, self._stepper, self.transport, self._tuner)
 
     def load_state_dicts(self, state_dicts: Iterable[Mapping[str, object]]) -> None:
         """Restore what :meth:`state_dict` gave on all old ranks, be they as many or not: see gradcomp.redistribute.
@@ -277,7 +283,7 @@ class GradientExchange(Session):
         All ranks must call it. If one refuses (StateError), all do (HandshakeError), and nothing changes on any.
         """
         self.wait()
-        saving.load_all(state_dicts, self._stepper, self.transport)
+        saving.load_all(state_dicts, self._stepper, self.transport, self._tuner)
 
     def set_compressor(self, compressor: Spec | Choice) -> None:
         """Compress differently from the next step on. All ranks must call it, between the same two steps.
@@ -293,8 +299,12 @@ class GradientExchange(Session):
                 what the first compressor may send, or float32.
             HandshakeError: the ranks do not agree; names the field. Nothing has changed then, on any rank.
         """
+        self._set("set_compressor", lambda: self._tuner.fixed(choose(compressor)))
+        self._tuner.stop()
+
+    def _set(self, what: str, choice: Callable[[], Choice]) -> None:
         self.wait()
-        self._change("set_compressor", self._stepper.named, lambda: choose(compressor))
+        self._change(what, self._stepper.named, choice)
 
     def set_parameters(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Exchange the gradients of these parameters from the next step on, the new ones starting as rank 0's.
@@ -310,6 +320,7 @@ class GradientExchange(Session):
             raise ConfigError("set_parameters: DistributedDataParallel's parameters are those it was made with")
         self.wait()
         self._change("set_parameters", named_parameters, lambda: self.compressor)
+        self._tuner.restart()
         replicas.broadcast(self.transport, self._stepper.next_turn(), self._stepper.tensors)
 
     def _change(self, what: str, named: Sequence[tuple[str, Tensor]], choice: Callable[[], Choice]) -> None:
@@ -361,6 +372,7 @@ class GradientExchange(Session):
             "wire": WIRE_VERSION,
             "world_size": self.world_size,
             **self._stepper.plan.describe(),
+            **self._tuner.hello(),
             "exchange": json.dumps(self.exchange_kind.config(), sort_keys=True),
             "reduction": self._reduction,
             "when": self._when,

@@ -14,7 +14,7 @@ A random stream goes on at the old step, under a key of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ from gradcomp.plan import Plan
 from gradcomp.states import ROLES, Key, Loose, StateStore, parse, unpack
 
 __all__ = ["needed", "restore", "restore_together"]
+
+
+# The plan that a state dict's states belong to, and what this run's state dicts then say of it.
+PlanFor = Callable[[Mapping[str, object]], tuple[Plan, Mapping[str, object]]]
 
 
 def needed(rank: int, world_size: int, old_world_size: int) -> dict[int, bool]:
@@ -46,16 +50,14 @@ def needed(rank: int, world_size: int, old_world_size: int) -> dict[int, bool]:
 
 def restore_together(
     state_dicts: Iterable[Mapping[str, object]],
-    plan: Plan,
-    about: Mapping[str, object],
+    plan_for: PlanFor,
     transport: Transport,
     turn: int,
     device: torch.device,
-) -> tuple[int, StateStore]:
+) -> tuple[int, Plan, StateStore]:
     """As :func:`restore`, on all ranks at once: if one refuses, all do.
 
     Args:
-        about: what this run's state dicts say of it.
         turn: numbers the messages, as for :func:`gradcomp.replicas.check_agreed`.
 
     Raises:
@@ -65,29 +67,25 @@ def restore_together(
     problem: GradcompError | None = None
     agreed: handshake.Hello = {}
     try:
-        step, store = restore(state_dicts, plan, about, device, transport.party)
-        agreed = {"checkpoint": "fits", "step": step}
+        step, plan, store = restore(state_dicts, plan_for, device, transport.party)
+        agreed = {"checkpoint": "fits", "step": step, **plan.describe()}
     except GradcompError as error:
         # The others must hear of it, or they would wait for this rank.
         problem = error
         agreed = {"checkpoint": f"refused on rank {transport.rank}: {error}"[:1000]}
     replicas.check_agreed(transport, turn, agreed, problem)
-    return step, store
+    return step, plan, store
 
 
 def restore(
-    state_dicts: Iterable[Mapping[str, object]],
-    plan: Plan,
-    about: Mapping[str, object],
-    device: torch.device,
-    party: int | None,
-) -> tuple[int, StateStore]:
-    """Step and states of one rank, from the state dicts of as many ranks or of others.
+    state_dicts: Iterable[Mapping[str, object]], plan_for: PlanFor, device: torch.device, party: int | None
+) -> tuple[int, Plan, StateStore]:
+    """Step, plan and states of one rank, from the state dicts of as many ranks or of others.
 
     Args:
         state_dicts: of the old ranks that are :func:`needed`, others are skipped. Taken one at a time, so that a
             generator need not hold more than one.
-        about: what this run's state dicts say of it.
+        plan_for: asked with the first state dict.
         device: where the gradients lie.
         party: this rank's number among those that exchange packets; None if it is not one of them.
 
@@ -99,6 +97,7 @@ def restore(
     for state_dict in state_dicts:
         if collected is None:
             old_world_size = _integer(state_dict, "world_size", 1)
+            plan, about = plan_for(state_dict)
             collected = _Collected(plan, about, old_world_size, device, party)
         collected.add(state_dict)
     if collected is None:
@@ -112,7 +111,7 @@ class _Collected:
     def __init__(
         self, plan: Plan, about: Mapping[str, object], old_world_size: int, device: torch.device, party: int | None
     ) -> None:
-        self._party = party
+        self._party, self._plan = party, plan
         self._rank, self._world_size = _integer(about, "rank", 0), _integer(about, "world_size", 1)
         self._expected = {field: about[field] for field in ("format", "compressor")}
         self._old_world_size = old_world_size
@@ -158,7 +157,7 @@ class _Collected:
             if old_rank == (0 if linear else self._rank % self._old_world_size):
                 self._others[key] = {f: t.clone() for f, t in state.items() if f not in codec.additive}
 
-    def finish(self) -> tuple[int, StateStore]:
+    def finish(self) -> tuple[int, Plan, StateStore]:
         """Put together what was found."""
         missing = sorted(self._needed.keys() - self._seen)
         if missing or self._step is None:
@@ -176,7 +175,7 @@ class _Collected:
         for name, span, role in self._store.loaded:
             piece = self._pieces[name, span]
             self._store.get(name, piece, role, self._empty(piece))
-        return self._step, self._store
+        return self._step, self._plan, self._store
 
     def _has_place(self, key: Key) -> bool:
         """Whether a state of as many ranks can stay what it is."""

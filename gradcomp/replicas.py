@@ -22,6 +22,7 @@ __all__ = [
     "broadcast",
     "check_agreed",
     "check_equal",
+    "gather",
 ]
 
 BROADCAST_CHUNK_BYTES = 8 << 20
@@ -137,12 +138,17 @@ def check_equal(transport: Transport, turn: int, step: int, named: Sequence[tupl
 
 def average(transport: Transport, turn: int, tensor: Tensor) -> Tensor:
     """See :meth:`gradcomp.GradientExchange.average`; ``turn`` numbers the messages, as for :func:`check_equal`."""
+    return gather(transport, turn, tensor).mean(0)
+
+
+def gather(transport: Transport, turn: int, tensor: Tensor) -> Tensor:
+    """Every rank's small tensor, as for :func:`average`: float32, on the CPU, with a dimension for ranks in front."""
     mine = tensor.detach().to("cpu", torch.float32).contiguous()
     if mine.numel() * 4 > BROADCAST_CHUNK_BYTES:
         raise ConfigError(f"average: {mine.numel()} elements are too many; at most 8 MiB of float32")
     everyone = transport.all_gather(Slot(turn, AVERAGE_BUCKET, 0), mine.numpy().tobytes())
     rows = [torch.frombuffer(bytearray(row), dtype=torch.float32) if len(row) else mine for row in everyone]
-    return torch.stack([row.view(mine.shape) for row in rows]).mean(0)
+    return torch.stack([row.view(mine.shape) for row in rows])
 
 
 def check_agreed(transport: Transport, turn: int, hello: handshake.Hello, problem: GradcompError | None = None) -> None:

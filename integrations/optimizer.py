@@ -53,6 +53,7 @@ def attach(
             ``none``, ``fp16``, ``bf16`` and linear compressors; what its closure returns becomes the same on all ranks.
         compressor: a spec string, config dict or Compressor; ``gradcomp.available_compressors()`` lists them. Or
             :class:`gradcomp.Rules` for each parameter's, their config, or ``"@FILE"``, a JSON file that holds it.
+            ``"auto"``: the one with which steps are shortest, tried in the run, and again as the link changes.
         transport: likewise; rank, world size and rendezvous come from torchrun's environment, one rank without it.
             None: ``zmq``, or what the exchange brings.
         exchange: likewise. ``"server:addresses=HOST:PORT"``: through a parameter server (gradcomp.exchanges.server),

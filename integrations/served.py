@@ -39,6 +39,7 @@ from gradcomp.server.table import cut
 from gradcomp.session import Session
 from gradcomp.states import unpack
 from gradcomp.telemetry import StepRecord, Totals
+from gradcomp.tuner import names_auto
 from gradcomp.vectors import Vectors
 
 __all__ = ["Served"]
@@ -80,6 +81,11 @@ class Served(Session):
     ) -> None:
         super().__init__()
         check_choice("attach", "reduction", reduction, ("mean", "sum"))
+        if names_auto(compressor):
+            raise ConfigError(
+                "attach: compressor 'auto' is not allowed with a parameter server: it times steps that all ranks take "
+                "together, and here each worker takes its own"
+            )
         self.exchange_kind, self.compressor = exchange, compressor
         self._optimizer = optimizer
         self.mode = exchange.chosen_mode

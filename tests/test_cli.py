@@ -57,7 +57,7 @@ def test_a_command_is_needed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compressor", "treshold"], "unknown compressor 'treshold'; available: adaptive, bf16,"),
+        (["--compressor", "treshold"], "unknown compressor 'treshold'; available: adaptive, auto, bf16,"),
         (["--compressor", "threshold:tua=1"], "threshold: unknown option 'tua'"),
         (["--compressor", "threshold:density=2"], "density=2 is not allowed"),
         (["--transport", "carrier-pigeon"], "unknown transport 'carrier-pigeon'"),

@@ -87,6 +87,10 @@ SPECS = [
     "twobit:tau=2e-38",
     "twobit:tau=1,feedback=false",
     "factors",
+    "auto",
+    'auto:candidates=["none","onebit:block=8"],every=50',
+    'auto:candidates=["powersgd"]',
+    'auto:candidates=["qsgd","bf16"]',
 ]
 
 
