@@ -255,7 +255,7 @@ def test_forecast_and_measured_in_a_lab(task: str) -> None:
         command, capture_output=True, text=True, timeout=110, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
+    found = json.loads(done.stdout)
     assert found["rate"] == "20mbit"
     assert found["world_size"] == 2
     assert all(row["measured_ms"] > 0 for row in found["methods"])

@@ -25,6 +25,7 @@ _ENOUGH_S = 0.06  # of one pair
 _ENOUGH_TOGETHER_S = 0.25
 _SMALL = bytes(64)
 _REPEATS = 3
+_MOST_CORES_OF_A_SHAPED_LINK = 0.3
 _MOST_REST_S = 0.5
 _AT_ONCE = 8  # of up to so many ranks one pair at a time has the network to itself
 
@@ -60,7 +61,8 @@ class LinkProbe:
             cpu_s_per_message=self.cpu_s_per_message,
             # One pair that has the network to itself is slower than all together only if each connection is limited.
             stream_bytes_per_s=slowest if slowest < 0.8 * together else None,
-            burst_bytes=self.burst_bytes,
+            # Where cores are what limits the rate, being faster for once is chance.
+            burst_bytes=self.burst_bytes if self.cpu_s_per_byte * together < _MOST_CORES_OF_A_SHAPED_LINK else 0.0,
         )
 
 
