@@ -26,7 +26,8 @@ _HOPELESS_AT_ONCE = 8.0
 # After one turn only what is slower by that is out: a few steps may mislead.
 _CLEARLY = 0.4
 _CHANGED = 1.25
-_CHECK_S, _LEAST_CHECK, _MOST_CHECKS = 1.0, 4, 8
+# How often ranks compare steps: each second, by what a step took, but each 25 steps at least: they may be long by now.
+_CHECK_S, _LEAST_CHECK, _MOST_CHECK, _MOST_CHECKS = 1.0, 4, 25, 8
 
 
 @dataclass(frozen=True)
@@ -189,16 +190,18 @@ def watch(
         patience: so many times in a row must a change be seen.
         step_over: called after each step.
     """
-    check = max(_LEAST_CHECK, min(math.ceil(_CHECK_S / max(known.step_s, 1e-9)), steps // _MOST_CHECKS))
+    usual = max(_LEAST_CHECK, min(math.ceil(_CHECK_S / max(known.step_s, 1e-9)), steps // _MOST_CHECKS, _MOST_CHECK))
+    check = usual
     seen: list[Sample] = []
     changes = 0
-    for number in range(1, steps + 1):
+    for _ in range(steps):
         seen.append((yield label))
         step_over()
-        if number % check == 0:
+        if len(seen) == check:
             found = agree(median(seen))
             seen.clear()
             changes = changes + 1 if _differs(known, found) else 0
+            check = _LEAST_CHECK if changes else usual  # whether it lasts is known soon
             if changes >= patience:
                 return (
                     f"a step took {known.step_s * 1e3:.1f} ms, {known.wait_s * 1e3:.1f} of them waiting, and takes "
