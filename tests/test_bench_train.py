@@ -92,6 +92,14 @@ def test_what_a_method_says_of_itself() -> None:
     assert merge_settings(["lr=1"], ["lr=2"]) == ("lr=2",)
 
 
+def test_a_seed_may_be_a_fold() -> None:
+    bench = train.Bench(task="sentences", settings=("fold={seed}", "lr=1"), workers=2)
+    assert [bench.options(Method(name="none", spec="none"), seed).settings for seed in (0, 7)] == [
+        ("fold=0", "lr=1"),
+        ("fold=7", "lr=1"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -66,11 +66,12 @@ class Bench:
 
     def options(self, method: Method, seed: int) -> RunOptions:
         """Of the workers of one run."""
+        settings = merge_settings(self.settings, method.settings)
         usual = None if self.rate is None or method.servers is not None else _LAB_TRANSPORT
         return RunOptions(
             task=self.task,
             compressor="none" if method.hook is not None else method.spec,
-            settings=merge_settings(self.settings, method.settings),
+            settings=tuple(setting.replace("{seed}", str(seed)) for setting in settings),
             exchange=method.exchange,
             transport=method.transport or usual,
             overlap=method.overlap,
@@ -189,7 +190,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="gradcomp bench train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", metavar="TASK", help="a Python file or a module with a function task()")
-    parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="for task()")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="for task(); {seed} in it becomes the run's seed, for folds of a cross-validation, say",
+    )
     parser.add_argument("--methods", nargs="+", metavar="METHOD", default=["none", "threshold:density=0.005"])
     parser.add_argument("--dense", metavar="NAME", help="the method others are compared with; default: none, if there")
     parser.add_argument("--workers", type=int, default=4, help="default: %(default)s")
