@@ -100,17 +100,10 @@ class ServedRun:
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This worker's batches from its clock on, epoch after epoch of its own."""
-        task, sync = self._trainer.task, self._sync
+        sync = self._sync
         begun, done = divmod(sync.step, self._steps_per_epoch)
         for epoch in itertools.count(begun + 1):
-            batches = tasks.train_batches(
-                task.train_data,
-                batch_size=task.batch_size,
-                rank=sync.rank,
-                world_size=sync.world_size,
-                seed=self._options.seed,
-                epoch=epoch,
-            )
+            batches = self._trainer.batches(epoch, seed=self._options.seed, rank=sync.rank, world_size=sync.world_size)
             with contextlib.closing(batches):
                 yield from itertools.islice(batches, done, None)
             done = 0

@@ -72,6 +72,19 @@ class Trainer:
         ends = zip(stages, self._marks, self._marks[1:], strict=False)
         return {"step_ms": self._step_s * 1e3} | {stage: start.until(stop) * 1e3 for stage, start, stop in ends}
 
+    def batches(
+        self, epoch: int, *, seed: int, rank: int, world_size: int
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """This rank's training batches of one epoch: :func:`gradcomp.integrations.tasks.train_batches`."""
+        return tasks.train_batches(
+            self.task.train_data,
+            batch_size=self.task.batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            epoch=epoch,
+        )
+
     def count_right(self, batches: Generator[tuple[Tensor, Tensor], None, None]) -> Tensor:
         """How many samples the model classifies right, and how many there are; float32 of 2."""
         task = self.task

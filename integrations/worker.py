@@ -163,14 +163,7 @@ class _Run:
     def _epoch(self, epoch: int, progress: Progress, told: Told) -> tuple[float, float]:
         """Train for one epoch and evaluate; the mean loss of this rank's batches, and the test accuracy in percent."""
         task, sync, trainer = self.trainer.task, self.sync, self.trainer
-        batches = tasks.train_batches(
-            task.train_data,
-            batch_size=task.batch_size,
-            rank=sync.rank,
-            world_size=sync.world_size,
-            seed=self.options.seed,
-            epoch=epoch,
-        )
+        batches = trainer.batches(epoch, seed=self.options.seed, rank=sync.rank, world_size=sync.world_size)
         task.model.train()
         accuracy, losses = 0.0, []
         with contextlib.closing(batches):

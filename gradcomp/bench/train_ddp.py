@@ -113,14 +113,7 @@ class _Run:
     def _epoch(self, epoch: int) -> float:
         """Train for one epoch and evaluate: the test accuracy in percent."""
         task, trainer = self._task, self._trainer
-        batches = tasks.train_batches(
-            task.train_data,
-            batch_size=task.batch_size,
-            rank=self._rank,
-            world_size=self._world_size,
-            seed=self._options.seed,
-            epoch=epoch,
-        )
+        batches = trainer.batches(epoch, seed=self._options.seed, rank=self._rank, world_size=self._world_size)
         task.model.train()
         record: dict[str, object] = {}
         with contextlib.closing(batches):
