@@ -24,7 +24,10 @@ def rank_path(path: str | Path, rank: int) -> Path:
 
 
 class JsonlCallback(Callback):
-    """The log: a line of JSON about the run, one a step, and one at the end. NaN and infinities become null.
+    """The log: a line of JSON a step. NaN and infinities become null.
+
+    The first line also has what is run, under ``run``, and the last what it came to, under ``end``. A line is written
+    when the next step is over, or the run.
 
     Args:
         path: rank 0's file; that of ``rank`` is beside it (:func:`rank_path`).
@@ -39,18 +42,24 @@ class JsonlCallback(Callback):
             self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (until on_end)
         except OSError as error:
             raise ConfigError(f"--log {path}: {error.strerror or error}") from None
+        self._line: dict[str, Any] = {}  # the next one, as far as it is known
+        self._about: dict[str, Any] = {}
 
     def on_start(self, info: Mapping[str, Any]) -> None:
-        self._write(info)
+        self._about = {"run": dict(info)}
 
     def on_step(self, record: Mapping[str, Any]) -> None:
-        self._write(record)
+        self._write(self._line)
+        self._line = dict(record) | self._about
+        self._about = {}
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         with self._file:
-            self._write({"kind": "end"} | dict(summary))
+            self._write(self._line | self._about | {"end": dict(summary)})
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        if not line:
+            return
         try:
             text = json.dumps(line, allow_nan=False)
         except ValueError:
@@ -99,7 +108,7 @@ class LoggingCallback(Callback):
         )
 
     def on_epoch(self, record: Mapping[str, Any]) -> None:
-        self._logger.info("%s", ", ".join(f"{key} {_short(value)}" for key, value in record.items() if key != "kind"))
+        self._logger.info("%s", ", ".join(f"{key} {_short(value)}" for key, value in record.items()))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         if "error" in summary:

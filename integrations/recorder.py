@@ -35,9 +35,8 @@ _LOGGED = (
 
 
 def describe(sync: Session, **more: object) -> dict[str, Any]:
-    """What runs where: the first line of a log."""
+    """What runs where: ``run`` in a log's first line."""
     return {
-        "kind": "run",
         "format": LOG_FORMAT,
         "rank": sync.rank,
         "world_size": sync.world_size,
@@ -66,7 +65,7 @@ class Recorder:
         Costs a pass over all residuals, for their norm.
         """
         stats = self._sync.stats()
-        record = {"kind": "step", "step": step, **more} | {key: stats[key] for key in _LOGGED if key in stats}
+        record = {"step": step, **more} | {key: stats[key] for key in _LOGGED if key in stats}
         compressors: Mapping[str, str] = stats.get("compressors", {})
         if compressors != self._compressors:
             self._compressors = compressors

@@ -29,8 +29,8 @@ class LogReader:
     """One rank's log. Each :meth:`read` goes on where the last one ended, which is before a line without its end.
 
     Attributes:
-        header: the first line: what is run. Empty before it is there.
-        end: the last line of a run that is over: what it came to.
+        header: ``run`` of the first line: what is run. Empty before it is there.
+        end: ``end`` of the last line of a run that is over: what it came to.
         cut_off: whether the last line was without its end.
     """
 
@@ -75,18 +75,17 @@ class LogReader:
             raise self._damaged(f"it is not JSON ({error})") from None
         if not isinstance(line, dict):
             raise self._damaged("it is not a JSON object")
-        kind = line.get("kind")
         if self._lines == 1:
-            if kind != "run":
-                raise self._damaged('it has no "kind": "run", as the first line of a log of gradcomp has')
-            self.header = self._check_header(line)
-        elif kind == "step":
-            return self._check_step(line)
-        elif kind == "end":
-            self.end = line
-        else:
-            raise self._damaged(f'its "kind" is {kind!r}; it must be "step" or "end"')
-        return None
+            if not isinstance(line.get("run"), dict):
+                raise self._damaged('it has no "run", as the first line of a log of gradcomp has')
+            self.header = self._check_header(line["run"])
+        if "end" in line:
+            if not isinstance(line["end"], dict):
+                raise self._damaged("end must be an object")
+            self.end = line["end"]
+            if "step" not in line:  # the run ended before there was one
+                return None
+        return self._check_step(line)
 
     def _check_header(self, line: Line) -> Line:
         if line.get("format") != LOG_FORMAT:

@@ -73,7 +73,7 @@ class Told:
 
     def epoch(self, epoch: int, **fields: float) -> None:
         """An epoch is over."""
-        self._callbacks.epoch({"kind": "epoch", "epoch": epoch, "time_s": self._trainer.train_s, **fields})
+        self._callbacks.epoch({"epoch": epoch, "time_s": self._trainer.train_s, **fields})
 
     def end(self, summary: Summary) -> None:
         """The run is over."""

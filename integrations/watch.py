@@ -24,7 +24,7 @@ from gradcomp.session import Session
 
 __all__ = ["Watch"]
 
-_OURS = ("kind", "step", "time_s")
+_OURS = ("step", "time_s")
 
 
 class Watch:
@@ -70,7 +70,7 @@ class Watch:
 
     def epoch(self, epoch: int, **fields: object) -> None:
         """An epoch is over."""
-        self._callbacks.epoch({"kind": "epoch", "epoch": epoch, "time_s": self._time_s()} | fields)
+        self._callbacks.epoch({"epoch": epoch, "time_s": self._time_s()} | fields)
 
     def remove(self) -> None:
         """The run is over: what ``sync.detach()`` calls, and the end of its ``with`` block."""

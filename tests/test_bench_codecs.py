@@ -50,7 +50,7 @@ def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, d
 
 def test_every_compressor_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     rows = measured(capsys)
-    assert set(rows) == set(gradcomp.available_compressors())
+    assert set(rows) == set(gradcomp.available_compressors()) - {"auto"}  # it is one of the others
     for row in rows.values():
         assert row["encode_passes"] > 0
         assert row["decode_passes"] > 0

@@ -145,7 +145,7 @@ def test_lines_of_logging(caplog: pytest.LogCaptureFixture) -> None:
     callback.on_start({"rank": 0, "world_size": 2, "compressor": "topk"})
     for step in (1, 2, 3):
         callback.on_step({"step": step, "loss": 0.5, "bytes_sent": 2000, "ratio": 10.0, "exposed_ms": 1.0})
-    callback.on_epoch({"kind": "epoch", "epoch": 1, "accuracy": 97.123})
+    callback.on_epoch({"epoch": 1, "accuracy": 97.123})
     callback.on_end({"error": "ValueError: oh"})
     assert [record.getMessage() for record in caplog.records] == [
         "rank 0 of 2: compressor topk, transport -, exchange -",
@@ -167,7 +167,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     callback.on_start({"rank": 1, "task": "mine"})
     layers = {"fc.weight": {"density": 0.25, "numel": 4, "compressor": "topk"}}
     for step in (1, 2):
-        callback.on_step({"kind": "step", "step": step, "loss": 0.5 / step, "layers": layers})
+        callback.on_step({"step": step, "loss": 0.5 / step, "layers": layers})
     callback.on_end({})
     events = EventAccumulator(str(tmp_path / "rank1"))
     events.Reload()
@@ -233,7 +233,7 @@ def test_a_run_that_fails_says_so_in_its_log(task: str, tmp_path: Path) -> None:
         train(RunOptions(task=task, log=str(path), quiet=True))
     run = open_run(path)
     assert len(run.first) == 2
-    assert run.end == {"kind": "end", "error": "RuntimeError: no more"}
+    assert run.end == {"error": "RuntimeError: no more"}
 
 
 FAILING = """

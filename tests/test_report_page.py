@@ -51,9 +51,7 @@ def test_what_a_log_says_is_text(tmp_path: Path) -> None:
     odd = {"layers": {bad: row, "_x": row}, "compressors": {bad: bad}, "loss": None, "nonfinite_steps": 7}
     steps = [step(number, **odd) for number in range(1, 9)]
     header = dict.fromkeys(("label", "task", "compressor", "exchange", "host"), bad)
-    path = write(
-        tmp_path / "run.jsonl", header=header | {"settings": [bad]}, steps=steps, end={"kind": "end", "error": bad}
-    )
+    path = write(tmp_path / "run.jsonl", header=header | {"settings": [bad]}, steps=steps, end={"error": bad})
     html = report(path)
     assert "<script" not in html
     assert html.count("&lt;script&gt;") > 5
@@ -77,18 +75,18 @@ def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
-    run = open_run(write(tmp_path / "run.jsonl", end=None, ranks=1, rest='{"kind"'))
+    run = open_run(write(tmp_path / "run.jsonl", end=None, ranks=1, rest='{"step"'))
     html = page([run], [], [[]])
     assert "the log stops at step 40" in html
     assert "No log was found of rank 1" in html
 
 
-def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    path = write(tmp_path / "run.jsonl", steps=[], end=None)
+def test_a_run_that_came_to_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.jsonl", steps=[], end={"error": "no data"})
     html = report(path)
-    assert "the log stops at step 0" in html
+    assert "The run failed: no data" in html
     assert "<img" not in html
-    bare = open_run(write(path, steps=[{"kind": "step", "step": 1, "time_s": 0.1}], end=None))
+    bare = open_run(write(path, steps=[{"step": 1, "time_s": 0.1}], end=None))
     assert [picture.name for picture in [*compare([bare]), *look_at(bare)]] == ["learning", "compression"]
 
 

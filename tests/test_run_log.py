@@ -42,18 +42,18 @@ def test_ranks_that_are_missing_or_of_another_run_are_told(tmp_path: Path) -> No
 
 
 def test_a_last_line_without_its_end_is_left_for_later(tmp_path: Path) -> None:
-    path = write(tmp_path / "run.jsonl", end=None, rest='{"kind": "step", "st')
+    path = write(tmp_path / "run.jsonl", end=None, rest='{"st')
     reader = LogReader(path)
     assert len(reader.read()) == 40
     assert reader.cut_off
     with path.open("a") as file:
-        file.write('ep": 41, "time_s": 2.0}\n{"kind"')
+        file.write('ep": 41, "time_s": 2.0}\n{"step": 42, "time_s": 2.1')
     assert [line["step"] for line in reader.read()] == [41]
     assert reader.end is None
     with path.open("a") as file:
-        file.write(': "end"}\n')
-    assert reader.read() == []
-    assert reader.end == {"kind": "end"}
+        file.write(', "end": {"accuracy": 90.0}}\n')
+    assert [line["step"] for line in reader.read()] == [42]
+    assert reader.end == {"accuracy": 90.0}
     assert not reader.cut_off
 
 
@@ -70,18 +70,19 @@ def test_a_file_that_is_begun_anew_is_read_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ('{"kind": "step", "step": 3,', "it is not JSON"),
+        ('{"step": 3,', "it is not JSON"),
         ("\0\0\0", "it is not JSON"),
         ("[1]", "it is not a JSON object"),
-        ('{"step": 3}', '"kind" is None; it must be "step" or "end"'),
-        ('{"kind": "step", "step": "3", "time_s": 1}', "an integer step"),
-        ('{"kind": "step", "step": 3, "time_s": 1, "loss": "low"}', "loss is 'low'; it must be a number or null"),
-        ('{"kind": "step", "step": 3, "time_s": 1, "layers": [1]}', "layers must be an object of objects"),
+        ('{"step": 3}', "a number time_s"),
+        ('{"end": "well"}', "end must be an object"),
+        ('{"step": "3", "time_s": 1}', "an integer step"),
+        ('{"step": 3, "time_s": 1, "loss": "low"}', "loss is 'low'; it must be a number or null"),
+        ('{"step": 3, "time_s": 1, "layers": [1]}', "layers must be an object of objects"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: str, why: str) -> None:
     path = write(tmp_path / "run.jsonl", steps=[step(1), step(2)], end=None, rest=line + "\n")
-    with pytest.raises(ConfigError, match=r"run\.jsonl, line 4 is damaged: ") as error:
+    with pytest.raises(ConfigError, match=r"run\.jsonl, line 3 is damaged: ") as error:
         open_run(path)
     assert why in str(error.value)
 
@@ -90,9 +91,9 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, why: str) -> None:
     ("text", "why"),
     [
         ("", "it is empty"),
-        ('{"step": 1}\n', 'line 1 is damaged: it has no "kind": "run"'),
-        (json.dumps(HEADER | {"rank": 0, "format": 9}) + "\n", "of format 9; this version reads format 1"),
-        (json.dumps(HEADER | {"rank": 2}) + "\n", "rank is 2 and world_size 2"),
+        ('{"step": 1}\n', 'line 1 is damaged: it has no "run"'),
+        (json.dumps({"run": HEADER | {"rank": 0, "format": 9}}) + "\n", "of format 9; this version reads format 1"),
+        (json.dumps({"run": HEADER | {"rank": 2}}) + "\n", "rank is 2 and world_size 2"),
     ],
 )
 def test_what_is_no_log_is_refused(tmp_path: Path, text: str, why: str) -> None:
@@ -116,7 +117,7 @@ def test_what_json_does_not_have_is_written_as_null(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run.jsonl")
     assert run.first[0]["loss"] is None
     assert run.first[0]["layers"]["a"] == {"tau": None, "density": 0.5}
-    assert run.end == {"kind": "end", "steps": 1}
+    assert run.end == {"steps": 1}
 
 
 def test_stages_add_up_to_the_step() -> None:
@@ -130,8 +131,8 @@ def test_stages_add_up_to_the_step() -> None:
 def test_who_is_slowest(tmp_path: Path) -> None:
     path = write(tmp_path / "run.jsonl")
     slow = [step(number, backward_ms=40.0, step_ms=60.0) for number in range(1, 31)]
-    lines = [HEADER | {"rank": 1}, *slow]
-    rank_path(path, 1).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    slow[0]["run"] = HEADER | {"rank": 1}
+    rank_path(path, 1).write_text("".join(json.dumps(line) + "\n" for line in slow))
     first, second = rank_times(open_run(path))
     assert (first.slowest, second.slowest) == (0.0, 1.0)  # of the steps that both have
     assert (first.own, second.own) == (pytest.approx(35.0), pytest.approx(55.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -56,9 +57,7 @@ def test_silent_and_missing_ranks_are_marked(tmp_path: Path, capsys: pytest.Capt
 def test_what_a_log_says_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = "[red]x[/red]\x1b[2J"
     steps = [step(1, layers={bad: {"residual_norm": 1.0}})]
-    path = write(
-        tmp_path / "run.jsonl", header={"label": bad, "task": bad}, steps=steps, end={"kind": "end", "error": bad}
-    )
+    path = write(tmp_path / "run.jsonl", header={"label": bad, "task": bad}, steps=steps, end={"error": bad})
     assert top(path, "--once") == 1
     out, err = capsys.readouterr()
     assert "\x1b" not in out
@@ -79,7 +78,7 @@ def test_it_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     watching.start()
     write(path, steps=[step(1)], end=None)
     with path.open("a") as file:
-        file.write('{"kind": "end"}\n')
+        file.write(json.dumps(step(2) | {"end": {}}) + "\n")
     watching.join(30)
     assert found == [0]
     assert "done" in capsys.readouterr().out
