@@ -1,4 +1,4 @@
-"""The command line: ``gradcomp train | worker | server | report | top | compressors | demo | bench | doctor``.
+"""The command line: ``gradcomp train | worker | server | plan | report | top | compressors | demo | bench | doctor``.
 
 Exit status: 0 done, 1 a worker or a benchmark failed, 2 the command line or an option is wrong, 130 interrupted.
 """
