@@ -8,6 +8,7 @@ from typing import Any
 
 from gradcomp.bench.cluster_rank import COMPUTE
 from gradcomp.errors import ConfigError
+from gradcomp.integrations.curves import new_figure
 from gradcomp.integrations.report import size, table
 
 __all__ = ["draw", "finish", "show", "show_rate"]
@@ -70,13 +71,10 @@ def draw(result: Mapping[str, Any], path: str) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     rows = [row for row in result["rows"] if not row.get("error")]
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 5.6)
     axes = figure.add_subplot(
         xlabel="bandwidth of each host's link",
         ylabel="step, in milliseconds",
