@@ -9,6 +9,10 @@ import sys
 import pytest
 import torch
 
+# Without a GPU the Triton kernels are interpreted. Triton reads this when they are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Ranks are threads or processes beside each other: one torch thread each, or they fight over the cores.
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradcomp.kernels import native, reference
+from gradcomp.kernels import native, reference, triton
 
 __all__ = ["add_scaled", "all_finite", "cast", "clear"]
 
@@ -27,6 +27,10 @@ def add_scaled(
         other = None if addend is None else native.floats(addend)
         payload, name = values.view(torch.uint8), _NAMES[values.dtype]
         native.module.add_scaled(out, payload, name, scale, other, native.thread_count(threads))
+    elif values.dtype in _NAMES and triton.takes(out):
+        from gradcomp.kernels import triton_dense
+
+        triton_dense.add_scaled(out, values, scale, addend)
     else:
         reference.add_scaled(out, values, scale, addend)
 
@@ -43,4 +47,8 @@ def all_finite(values: Tensor, threads: int | None = None) -> bool:
     """Whether ``values``, flat float32, hold neither NaN nor Inf."""
     if native.takes(values):
         return native.module.all_finite(values, native.thread_count(threads))
+    if triton.takes(values):
+        from gradcomp.kernels import triton_dense
+
+        return triton_dense.all_finite(values)
     return bool(values.isfinite().all())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradcomp.errors import ConfigError
 
-__all__ = ["AVAILABLE", "LEVEL", "REASON", "enabled", "floats", "module", "takes", "thread_count"]
+__all__ = ["AVAILABLE", "LEVEL", "REASON", "enabled", "floats", "module", "takes", "thread_count", "wanted"]
 
 try:
     import gradcomp.kernels._native as module
@@ -40,16 +40,26 @@ def enabled() -> bool:
     Raises:
         ConfigError: GRADCOMP_KERNELS is neither torch nor native, or native where there are none.
     """
-    wanted = os.environ.get("GRADCOMP_KERNELS", "")
-    if wanted not in ("", "torch", "native"):
-        raise ConfigError(f"GRADCOMP_KERNELS={wanted!r} is not allowed; it must be torch or native, or not set")
-    if wanted == "native" and not AVAILABLE:
+    asked = wanted()
+    if asked == "native" and not AVAILABLE:
         raise ConfigError(f"GRADCOMP_KERNELS=native, but there are no native kernels: {REASON}")
-    if not wanted and not AVAILABLE:
+    if not asked and not AVAILABLE:
         logging.getLogger("gradcomp").warning(
             "no native kernels (%s): running the torch kernels, which are slower", REASON
         )
-    return AVAILABLE and wanted != "torch"
+    return AVAILABLE and asked != "torch"
+
+
+def wanted() -> str:
+    """What GRADCOMP_KERNELS asks for: "torch", "native", or "" for the fastest.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    asked = os.environ.get("GRADCOMP_KERNELS", "")
+    if asked not in ("", "torch", "native"):
+        raise ConfigError(f"GRADCOMP_KERNELS={asked!r} is not allowed; it must be torch or native, or not set")
+    return asked
 
 
 def takes(tensor: Tensor) -> bool:
