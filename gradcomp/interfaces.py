@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 import torch
 from torch import Tensor
 
+from gradcomp import kernels
 from gradcomp.interface_transport import MY_TURN, Buffer, Incoming, Levels, Part, Slot, Transport
 from gradcomp.options import Configured
 from gradcomp.rounds import alone
@@ -49,9 +50,9 @@ class Compressor(Configured, ABC):
 
     A subclass writes :meth:`encode`, :meth:`decode_add` and :meth:`max_nbytes`. With error feedback it also calls
     ``super().new_state`` (which makes the residual), or replaces :meth:`commit` when more than the residual changes.
-    Where a kernel can do both in one sweep, it replaces :meth:`encode_in_place`; where packets are not just added up,
-    :meth:`aggregate`. One that draws random numbers replaces
-    :meth:`seed_state`. ``gradcomp.testing.check_compressor`` checks the whole contract.
+    Where a kernel can do both in one sweep, it replaces :meth:`encode_in_place`, where one adds up several packets in a
+    sweep :meth:`decode_sum`; where packets are not just added up, :meth:`aggregate`. One that draws random numbers
+    replaces :meth:`seed_state`. ``gradcomp.testing.check_compressor`` checks the whole contract.
 
     Attributes:
         stateless: remembers nothing; encodes each element by itself, so tensors may be joined and cut anywhere, unless
@@ -128,6 +129,16 @@ class Compressor(Configured, ABC):
             PacketError: another kind of packet, or indices that are not strictly increasing and below numel; ``out``
                 is then unchanged.
         """
+
+    def decode_sum(self, packets: Sequence[Packet], out: Tensor, scale: float) -> None:
+        """``out`` becomes the sum of ``packets`` times ``scale``, to the bits of adding one after the other to zeros.
+
+        A compressor replaces it where a kernel decodes several packets in one sweep. As :meth:`decode_add`, but what is
+        in ``out`` after an error is of no use.
+        """
+        kernels.clear(out)
+        for packet in packets:
+            self.decode_add(packet, out, scale)
 
     @abstractmethod
     def max_nbytes(self, numel: int) -> int:
@@ -220,20 +231,37 @@ class Compressor(Configured, ABC):
             PacketError: the packet is not this compressor's, or does not decode; ``out`` is then unchanged.
             ValueError: ``out`` has the wrong size, dtype or layout.
         """
-        if out.numel() != packet.numel or out.dtype != torch.float32 or not out.is_contiguous():
-            raise ValueError(
-                f"out must be contiguous float32 with {packet.numel} elements; "
-                f"got {out.dtype}, {out.numel()} elements, contiguous={out.is_contiguous()}"
-            )
+        _require_fit(packet, out)
         flat = out.view(-1)
         if packet.is_nonfinite:
             flat += packet.scalar * scale
         else:
             self.decode_add(packet, flat, scale)
 
+    @final
+    def decompress_sum(self, packets: Sequence[Packet], out: Tensor, scale: float = 1.0) -> None:
+        """``out`` becomes 0 and then what :meth:`decompress_add` makes of it with each packet, bit for bit."""
+        for packet in packets:
+            _require_fit(packet, out)
+        flat = out.view(-1)
+        if not any(packet.is_nonfinite for packet in packets):
+            self.decode_sum(packets, flat, scale)
+            return
+        kernels.clear(flat)
+        for packet in packets:
+            self.decompress_add(packet, flat, scale)
+
     def stats(self, packet: Packet, state: State | None = None) -> dict[str, float]:
         """Numbers worth showing about what was just sent, e.g. ``{"density": 0.001, "tau": 2e-4}``."""
         return {}
+
+
+def _require_fit(packet: Packet, out: Tensor) -> None:
+    if out.numel() != packet.numel or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous float32 with {packet.numel} elements; "
+            f"got {out.dtype}, {out.numel()} elements, contiguous={out.is_contiguous()}"
+        )
 
 
 class LinearCompressor(Compressor):

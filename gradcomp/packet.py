@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -190,6 +191,20 @@ class Packet:
         coded = self.payload[4 * self.count :]
         index_set = self.index_set if self.needs_index_set else None
         kernels.add_values(out, coded, self.count, self.coding, values, scale, index_set)
+
+    @classmethod
+    def sum_sets(cls, packets: Sequence[Packet], out: Tensor, scale: float) -> None:
+        """``out`` becomes the sum of SIGNS and VALUES packets times ``scale``, as if added one by one to zeros."""
+        if native.takes(out):
+            coded = [(p.payload, p.count, p.coding, p.scalar if p.kind == Kind.SIGNS else None) for p in packets]
+            kernels.sum_sets(out, coded, scale)
+            return
+        kernels.clear(out)
+        for packet in packets:
+            if packet.kind == Kind.SIGNS:
+                packet.add_signs(out, float(torch.tensor(packet.scalar) * scale))
+            else:
+                packet.add_values(out, scale)
 
     def require(self, kind: int) -> None:
         """Raise PacketError unless this is a well-formed packet of that kind: what ``decode_add`` calls first."""

@@ -304,10 +304,9 @@ class BucketWork(Work):
         broken = next((packet for packet in given if packet.is_nonfinite), None)
         if broken is not None:
             return broken
-        total = torch.zeros(piece.numel, dtype=torch.float32, device=self._device)
+        total = torch.empty(piece.numel, dtype=torch.float32, device=self._device)
         codec = self._decoder(piece)
-        for packet in given:
-            codec.decompress_add(packet, total)
+        codec.decompress_sum(given, total)
         codec.aggregate(total)
         total = total.view(piece.shape)
         if piece.codec.stateless:
@@ -322,13 +321,11 @@ class BucketWork(Work):
         if out is None:
             return
         part = out[piece.start : piece.stop]
-        kernels.clear(part)
+        given = [packet for packet in packets if packet is not None]
+        piece.codec.decompress_sum(given, part, self._scale)
         # The unit's: a schedule's packets are decoded by the compressor of its stage.
         stateless = self.bucket.units[piece.unit].codec.stateless
-        for packet in packets:
-            if packet is not None:
-                piece.codec.decompress_add(packet, part, self._scale)
-        if not any(packet is not None and packet.is_nonfinite for packet in packets):
+        if not any(packet.is_nonfinite for packet in given):
             piece.codec.aggregate(part)
         if not stateless and self._loss_scale() != 1.0:
             part *= self._loss_scale()

@@ -18,6 +18,7 @@ Wire: a SIGNS packet, as of ``threshold``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -101,6 +102,9 @@ class AdaptiveThreshold(Compressor):
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         _ANY.decode_add(packet, out, scale)
+
+    def decode_sum(self, packets: Sequence[Packet], out: Tensor, scale: float) -> None:
+        _ANY.decode_sum(packets, out, scale)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         super().commit(grad, packet, state)

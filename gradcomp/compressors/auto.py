@@ -10,6 +10,7 @@ Wire: the candidates' packets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -113,6 +114,9 @@ class Auto(Compressor):
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         self.least.decode_add(packet, out, scale)
+
+    def decode_sum(self, packets: Sequence[Packet], out: Tensor, scale: float) -> None:
+        self.least.decode_sum(packets, out, scale)
 
     def aggregate(self, total: Tensor) -> None:
         self.least.aggregate(total)

@@ -20,6 +20,7 @@ Wire: a VALUES packet. The values in float32, then the unsigned index set: about
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -151,6 +152,9 @@ class DeepGradientCompression(Compressor):
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         _VALUES.decode_add(packet, out, scale)
+
+    def decode_sum(self, packets: Sequence[Packet], out: Tensor, scale: float) -> None:
+        _VALUES.decode_sum(packets, out, scale)
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         flat = self._clipped(flat_gradient(grad))

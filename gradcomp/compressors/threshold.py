@@ -14,6 +14,7 @@ log2(1 / density) + 2.5 bits for each element sent (12.5 at 0.1 %), above that 1
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,6 +133,11 @@ class Threshold(Compressor):
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.SIGNS)
         packet.add_signs(out, float(torch.tensor(packet.scalar) * scale))
+
+    def decode_sum(self, packets: Sequence[Packet], out: Tensor, scale: float) -> None:
+        for packet in packets:
+            packet.require(Kind.SIGNS)
+        Packet.sum_sets(packets, out, scale)
 
     def max_nbytes(self, numel: int) -> int:
         return HEADER_NBYTES + indices.max_coded_nbytes(numel, numel, Coding.MAP, signed=True)

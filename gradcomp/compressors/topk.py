@@ -13,6 +13,7 @@ ratio of 0.1 %.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,6 +79,11 @@ class TopK(Compressor):
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.VALUES)
         packet.add_values(out, scale)
+
+    def decode_sum(self, packets: Sequence[Packet], out: Tensor, scale: float) -> None:
+        for packet in packets:
+            packet.require(Kind.VALUES)
+        Packet.sum_sets(packets, out, scale)
 
     def max_nbytes(self, numel: int) -> int:
         count = self._count(numel)

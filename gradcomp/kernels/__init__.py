@@ -9,7 +9,7 @@ from __future__ import annotations
 from gradcomp.kernels.bits import add_bits, encode_bits, pack_signs, pack_votes
 from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
 from gradcomp.kernels.dense import add_scaled, all_finite, cast, clear
-from gradcomp.kernels.indices import add_signs, add_values
+from gradcomp.kernels.indices import add_signs, add_values, sum_sets
 from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference import (
     largest_coefficients,
@@ -53,4 +53,5 @@ __all__ = [
     "pack_votes",
     "sample_largest",
     "sample_size",
+    "sum_sets",
 ]

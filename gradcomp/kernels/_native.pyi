@@ -1,5 +1,7 @@
 """What gradcomp/kernels/native/module.cpp exports."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 LEVEL: str
@@ -8,6 +10,17 @@ def split(numel: int, align: int, threads: int) -> list[int]: ...
 def encode_signs(
     grad: Tensor, residual: Tensor | None, tau: float, left: Tensor | None, threads: int, level: str = ...
 ) -> tuple[Tensor, int] | float: ...
+def encode_signs_sampled(
+    grad: Tensor,
+    residual: Tensor,
+    tau: float,
+    stride: int,
+    count: int,
+    weight: float,
+    left: Tensor,
+    threads: int,
+    level: str = ...,
+) -> tuple[Tensor, int, Tensor] | float: ...
 def encode_largest(
     grad: Tensor, residual: Tensor | None, k: int, left: Tensor | None, threads: int, level: str = ...
 ) -> tuple[Tensor, int] | float: ...
@@ -41,6 +54,13 @@ def add_values(
     count: int,
     coding: int,
     values: Tensor,
+    scale: float,
+    level: str = ...,
+    threads: int = ...,
+) -> str | None: ...
+def sum_sets(
+    out: Tensor,
+    packets: Sequence[tuple[Tensor, int, int, float | None]],
     scale: float,
     level: str = ...,
     threads: int = ...,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from gradcomp.errors import PacketError
 from gradcomp.kernels import native
 from gradcomp.kernels import reference_indices as reference
-from gradcomp.kernels.reference_indices import Coding
+from gradcomp.kernels.reference_indices import CodedPacket, Coding
 
-__all__ = ["add_signs", "add_values", "check", "decode", "encode"]
+__all__ = ["add_signs", "add_values", "check", "decode", "encode", "sum_sets"]
 
 
 def encode(index: Tensor, negative: Tensor | None, numel: int, coding: Coding) -> Tensor:
@@ -71,6 +73,16 @@ def add_values(
         _refuse(native.module.add_values(out, payload, count, coding, values, scale, threads=most))
     else:
         reference.add_values(out, payload, count, coding, values, scale, index_set)
+
+
+def sum_sets(out: Tensor, packets: Sequence[CodedPacket], scale: float, threads: int | None = None) -> None:
+    """:func:`gradcomp.kernels.reference.sum_sets`; the native kernel leaves ``out`` alone if it refuses one."""
+    if native.takes(out):
+        # What is in a list is taken as it is, without conversions: a plain int.
+        plain = [(payload, count, int(coding), magnitude) for payload, count, coding, magnitude in packets]
+        _refuse(native.module.sum_sets(out, plain, scale, threads=native.thread_count(threads)))
+    else:
+        reference.sum_sets(out, packets, scale)
 
 
 def _refuse(fault: str | None) -> None:

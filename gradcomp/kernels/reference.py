@@ -12,7 +12,7 @@ from gradcomp.kernels.reference_codes import add_codes, add_float8, add_levels, 
 from gradcomp.kernels.reference_dct import add_spectrum, largest_coefficients
 from gradcomp.kernels.reference_dense import add_scaled, cast
 from gradcomp.kernels.reference_factors import add_factors, norms, orthonormal
-from gradcomp.kernels.reference_indices import add_signs, add_values
+from gradcomp.kernels.reference_indices import add_signs, add_values, sum_sets
 from gradcomp.kernels.reference_quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference_random import random_halves
 from gradcomp.kernels.reference_select import (
@@ -63,6 +63,7 @@ __all__ = [
     "scatter_signs",
     "select_largest",
     "select_threshold",
+    "sum_sets",
     "unpack_bits",
     "unpack_codes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -12,7 +13,18 @@ from gradcomp.kernels.reference_bits import pack_bits, unpack_bits
 from gradcomp.kernels.reference_chunks import chunks
 from gradcomp.kernels.reference_select import scatter_signs
 
-__all__ = ["Coding", "add_signs", "add_values", "check", "choose", "decode", "encode", "max_coded_nbytes"]
+__all__ = [
+    "CodedPacket",
+    "Coding",
+    "add_signs",
+    "add_values",
+    "check",
+    "choose",
+    "decode",
+    "encode",
+    "max_coded_nbytes",
+    "sum_sets",
+]
 
 
 class Coding(IntEnum):
@@ -24,6 +36,9 @@ class Coding(IntEnum):
     MAP = 3
     RICE = 4
 
+
+# Payload, elements named, their coding, and the magnitude of SIGNS; None for VALUES, whose payload begins with these.
+CodedPacket = tuple[Tensor, int, Coding, float | None]
 
 # The most elements a tensor may have for a coding. The last: more than any memory holds, so that no sum overflows.
 _MAX_NUMEL = {Coding.WORDS: 1 << 31, Coding.GAPS: 1 << 15, Coding.MAP: 1 << 59, Coding.RICE: 1 << 59}
@@ -153,6 +168,23 @@ def add_values(
     """``out[index] += values * scale`` for an unsigned set, each product rounded to float32; as :func:`add_signs`."""
     index, _ = index_set or decode(payload, count, out.numel(), coding, signed=False)
     out[index] += values * scale
+
+
+def sum_sets(out: Tensor, packets: Sequence[CodedPacket], scale: float) -> None:
+    """``out`` becomes 0, plus ``scale`` times one packet after the other: as :func:`add_signs` or :func:`add_values`.
+
+    Raises:
+        PacketError: a payload does not hold such a set.
+    """
+    out.zero_()
+    for payload, count, coding, magnitude in packets:
+        if magnitude is not None:
+            add_signs(out, payload, count, coding, float(torch.tensor(magnitude) * scale))
+        elif payload.numel() < 4 * count:
+            raise PacketError("index set: it is too short for its values")
+        else:
+            values = payload[: 4 * count].view(torch.float32)
+            add_values(out, payload[4 * count :], count, coding, values, scale)
 
 
 def _check_size(payload: Tensor, count: int, numel: int, coding: Coding, signed: bool) -> None:

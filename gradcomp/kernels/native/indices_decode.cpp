@@ -6,42 +6,11 @@
 #include <cstring>
 
 #include "finite.h"
-#include "indices.h"
+#include "indices_read.h"
 #include "parallel.h"
 
 namespace gradcomp {
 namespace {
-
-struct Set {
-    const std::uint8_t *bytes;
-    std::uint64_t nbytes;
-    std::uint64_t count;
-    std::uint64_t numel;
-    Coding coding;
-    bool is_signed;
-};
-
-// RICE's two parts.
-struct Rice {
-    const std::uint8_t *fields;
-    std::uint64_t set_nbytes;
-    const std::uint8_t *unary;
-    std::uint64_t unary_nbytes;
-    std::uint64_t field_mask;
-    unsigned low_bits;
-    unsigned width;  // of a field: low bits and sign
-};
-
-Rice rice_of(const Set &set) {
-    const unsigned low_bits = rice_bits(set.count, set.numel);
-    const unsigned width = low_bits + set.is_signed;
-    const std::uint64_t fields_nbytes = bytes_for(set.count * width);
-    return Rice{set.bytes, set.nbytes, set.bytes + fields_nbytes, set.nbytes - fields_nbytes,
-                (std::uint64_t{1} << width) - 1, low_bits, width};
-}
-
-// Elements decoded at a time: the cache lines of two chunks fit the first cache. A multiple of 8, at least 64.
-constexpr std::size_t kChunk = 128;
 
 constexpr const char *kWrongSize = "its size does not fit count, numel and coding";
 constexpr const char *kNotRising = "indices are not strictly increasing and below numel";
@@ -51,7 +20,8 @@ constexpr const char *kPadding = "a bit is set beyond the last element";
 #define GRADCOMP_BODY "indices_decode_body.h"
 #include "foreach_level.h"
 
-// Why the set is none, or nullptr. For a MAP also how many elements it names before each part of `starts`.
+}  // namespace
+
 const char *find_fault(const Set &set, Level level, const std::vector<std::size_t> &starts,
                        std::vector<std::uint64_t> &before) {
     if (set.count > set.numel || set.numel > max_numel(set.coding)) return kWrongSize;
@@ -74,6 +44,8 @@ const char *find_fault(const Set &set, Level level, const std::vector<std::size_
     for (std::size_t part = 1; part < before.size(); ++part) before[part] += before[part - 1];
     return before.back() == set.count ? nullptr : "the map does not name as many elements as count says";
 }
+
+namespace {
 
 const char *find_fault(const Set &set, Level level) {
     std::vector<std::uint64_t> before;
@@ -131,7 +103,7 @@ nb::object add_signs(const MutableFloats &out, const Bytes &payload, std::uint64
         fault = find_fault(set, level, starts, before);
         if (fault == nullptr && set.coding == Coding::map) {
             parallel(starts, [&](std::size_t part, std::size_t start, std::size_t stop) {
-                GRADCOMP_AT(level, add_sign_map_of)(set, out.data(), magnitude, start, stop, before[part]);
+                GRADCOMP_AT(level, add_sign_map_of)(set, out.data() + start, magnitude, start, stop, before[part]);
             });
         } else if (fault == nullptr) {
             GRADCOMP_AT(level, add_signs_of)(set, out.data(), magnitude);
@@ -153,7 +125,8 @@ nb::object add_values(const MutableFloats &out, const Bytes &payload, std::uint6
         fault = find_fault(set, level, starts, before);
         if (fault == nullptr && set.coding == Coding::map) {
             parallel(starts, [&](std::size_t part, std::size_t start, std::size_t stop) {
-                GRADCOMP_AT(level, add_value_map_of)(set, out.data(), values.data(), scale, start, stop, before[part]);
+                GRADCOMP_AT(level, add_value_map_of)(set, out.data() + start, values.data(), scale, start, stop,
+                                                      before[part]);
             });
         } else if (fault == nullptr) {
             GRADCOMP_AT(level, add_values_of)(set, out.data(), values.data(), scale);

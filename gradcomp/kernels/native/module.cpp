@@ -48,6 +48,7 @@ Level level_named(const std::string &name) {
 
 void bind_indices_decode(nb::module_ &module);
 void bind_indices_encode(nb::module_ &module);
+void bind_indices_sum(nb::module_ &module);
 void bind_select(nb::module_ &module);
 void bind_transform(nb::module_ &module);
 void bind_bits(nb::module_ &module);
@@ -64,6 +65,7 @@ NB_MODULE(_native, module) {
     module.def("split", &split, "numel"_a, "align"_a, "threads"_a);
     bind_indices_decode(module);
     bind_indices_encode(module);
+    bind_indices_sum(module);
     bind_select(module);
     bind_transform(module);
     bind_bits(module);
