@@ -77,58 +77,60 @@ class Threshold(Compressor):
         return state
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        return self._encode(flat_gradient(grad), state)
+        flat, residual = flat_gradient(grad), None if state is None else state["residual"]
+        tau = self._tau(flat, state)
+        # No finite element passes the largest number of all.
+        found = kernels.encode_signs(flat, residual, tau or _FLOAT32.max)
+        if isinstance(found, float):
+            return Packet.nonfinite(found, flat.numel(), flat.device)
+        return Packet.coded_signs(*found, flat.numel(), tau)
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
-        packet = self._encode(flat_gradient(grad), state, state["residual"])
-        if not packet.is_nonfinite:
-            self._adapt(grad, packet, state)
+        packet, next_tau = self._encode_leaving(flat_gradient(grad), state, state["residual"])
+        _learn(next_tau, state)
         return packet
 
     def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
         left = flat_gradient(grad)
         if left.dtype != torch.float32:
             return super().prepare(grad, state)
-        stride, count = kernels.sample_size(left.numel(), self.density or 1.0)
-        sample = left[::stride].clone() if self.density is not None else left[:0]
-        packet = self._encode(left, state, left)
-        if self.density is not None and not packet.is_nonfinite:
-            # What _adapt is going to see, taken while it is at hand.
-            sample = (sample * _WEIGHT_OF_NEXT).add_(left[::stride])
-            tau = _best_tau(sample.abs_().topk(count).values)
+        packet, next_tau = self._encode_leaving(left, state, left)
 
         def commit() -> Tensor:
-            if self.density is not None:
-                state["tau"].fill_(tau or packet.scalar or math.nan)
+            _learn(next_tau, state)
             return exchange_residual(state, left)
 
         return packet, commit
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         super().commit(grad, packet, state)
-        self._adapt(grad, packet, state)
-
-    def _encode(self, flat: Tensor, state: State | None, left: Tensor | None = None) -> Packet:
-        residual = None if state is None else state["residual"]
-        if self.density is None:
-            tau = self.tau or 0.0
-        else:
-            tau = 0.0 if state is None else float(state["tau"])
-            if not tau > 0.0:
-                tau = _best_tau(kernels.sample_largest(flat, residual, self.density))
-        # Every element of the sample is 0: nothing to go by yet. No finite element passes the largest of all.
-        found = kernels.encode_signs(flat, residual, tau or _FLOAT32.max, left=left)
-        if isinstance(found, float):
-            return Packet.nonfinite(found, flat.numel(), flat.device)
-        return Packet.coded_signs(*found, flat.numel(), tau)
-
-    def _adapt(self, grad: Tensor, packet: Packet, state: State) -> None:
-        """Find the threshold of the next step, if it is not fixed."""
         if self.density is not None:
-            tau = _best_tau(
-                kernels.sample_largest(flat_gradient(grad), state["residual"], self.density, _WEIGHT_OF_NEXT)
-            )
-            state["tau"].fill_(tau or packet.scalar or math.nan)
+            flat, left = flat_gradient(grad), state["residual"]
+            largest = kernels.sample_largest(flat, left, self.density, _WEIGHT_OF_NEXT)
+            _learn(_next_tau(largest, packet), state)
+
+    def _tau(self, flat: Tensor, state: State | None) -> float:
+        """The threshold of this step; 0 if every element of the sample is: there is nothing to go by yet."""
+        if self.density is None:
+            return self.tau or 0.0
+        if state is not None:
+            tau = state["tau"].item()
+            if tau > 0.0:
+                return float(tau)
+        return _best_tau(kernels.sample_largest(flat, None if state is None else state["residual"], self.density))
+
+    def _encode_leaving(self, flat: Tensor, state: State, left: Tensor) -> tuple[Packet, float | None]:
+        """Encode and write to ``left`` what is left; also the threshold of the next step, if there is a new one."""
+        tau, residual = self._tau(flat, state), state["residual"]
+        limit = tau or _FLOAT32.max  # no finite element passes the largest of all
+        if self.density is None:
+            found = kernels.encode_signs(flat, residual, limit, left=left)
+        else:
+            found = kernels.encode_signs_sampled(flat, residual, limit, self.density, _WEIGHT_OF_NEXT, left=left)
+        if isinstance(found, float):
+            return Packet.nonfinite(found, flat.numel(), flat.device), None
+        packet = Packet.coded_signs(found[0], found[1], flat.numel(), tau)
+        return packet, None if len(found) == 2 else _next_tau(found[2], packet)
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.SIGNS)
@@ -151,6 +153,15 @@ class Threshold(Compressor):
     def stats(self, packet: Packet, state: State | None = None) -> dict[str, float]:
         """``tau``: the threshold of this packet; ``density``: the share of elements that passed it."""
         return {"tau": packet.scalar, "density": packet.count / max(packet.numel, 1)}
+
+
+def _next_tau(largest: Tensor, packet: Packet) -> float:
+    return _best_tau(largest) or packet.scalar or math.nan
+
+
+def _learn(tau: float | None, state: State) -> None:
+    if tau is not None:
+        state["tau"].fill_(tau)
 
 
 def _best_tau(largest: Tensor) -> float:

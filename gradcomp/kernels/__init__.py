@@ -17,7 +17,13 @@ from gradcomp.kernels.reference import (
     orthonormal,
     sample_size,
 )
-from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
+from gradcomp.kernels.select import (
+    encode_above,
+    encode_largest,
+    encode_signs,
+    encode_signs_sampled,
+    sample_largest,
+)
 from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
 from gradcomp.kernels.transform import add_factors, add_spectrum
 
@@ -43,6 +49,7 @@ __all__ = [
     "encode_levels",
     "encode_powers",
     "encode_signs",
+    "encode_signs_sampled",
     "encode_stochastic",
     "encode_ternary",
     "find_code",

@@ -14,6 +14,7 @@ __all__ = [
     "encode_above",
     "encode_largest",
     "encode_signs",
+    "encode_signs_sampled",
     "sample_largest",
     "sample_size",
     "scatter_signs",
@@ -137,6 +138,26 @@ def encode_signs(
         scatter_signs(left, index, negative, -tau)
     coding = indices.choose(len(index), grad.numel(), signed=True)
     return indices.encode(index, negative, grad.numel(), coding), len(index)
+
+
+def encode_signs_sampled(
+    grad: Tensor, residual: Tensor, tau: float, density: float, weight: float, *, left: Tensor
+) -> tuple[Tensor, int, Tensor] | float:
+    """:func:`encode_signs`, and what :func:`sample_largest` finds in ``weight * grad + left`` afterwards, in one sweep.
+
+    Args:
+        left: may be ``grad``, of which the values before that count.
+
+    Returns:
+        The coded index set, how many it names, and the largest of the sample; or a float if acc is not finite.
+    """
+    stride, count = sample_size(grad.numel(), density)
+    sample = grad[::stride].to(torch.float32) * weight
+    found = encode_signs(grad, residual, tau, left=left)
+    if isinstance(found, float):
+        return found
+    sample += left[::stride]
+    return *found, sample.abs().topk(count).values
 
 
 def encode_largest(

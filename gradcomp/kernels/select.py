@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradcomp.kernels import native, reference
 
-__all__ = ["encode_above", "encode_largest", "encode_signs", "sample_largest"]
+__all__ = ["encode_above", "encode_largest", "encode_signs", "encode_signs_sampled", "sample_largest"]
 
 
 def encode_signs(
@@ -16,6 +16,24 @@ def encode_signs(
     if native.takes(grad):
         return native.module.encode_signs(native.floats(grad), residual, tau, left, native.thread_count(threads))
     return reference.encode_signs(grad, residual, tau, left=left)
+
+
+def encode_signs_sampled(
+    grad: Tensor,
+    residual: Tensor,
+    tau: float,
+    density: float,
+    weight: float,
+    *,
+    left: Tensor,
+    threads: int | None = None,
+) -> tuple[Tensor, int, Tensor] | float:
+    """:func:`gradcomp.kernels.reference.encode_signs_sampled`, from the fastest backend."""
+    if native.takes(grad) and grad.numel():
+        stride, wanted = reference.sample_size(grad.numel(), density)
+        flat, count = native.floats(grad), native.thread_count(threads)
+        return native.module.encode_signs_sampled(flat, residual, tau, stride, wanted, weight, left, count)
+    return reference.encode_signs_sampled(grad, residual, tau, density, weight, left=left)
 
 
 def encode_largest(

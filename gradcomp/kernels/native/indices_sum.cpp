@@ -1,7 +1,5 @@
-// Several packets' index sets decoded at once, tile by tile: what is written to a tile is in the cache when the next packet
-// comes to it. One packet after the other would miss the caches at each of its elements.
-
-#include <memory>
+// Several packets decoded at once, tile by tile: what is written to a tile is in the cache when the next packet comes to
+// it. One packet after the other would miss the caches at each of its elements.
 
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -29,8 +27,8 @@ constexpr std::size_t kTile = 4096;  // elements; a multiple of 64. Half of a sm
 #define GRADCOMP_BODY "indices_sum_body.h"
 #include "foreach_level.h"
 
-// A packet's payload, how many elements it names, the coding, and the magnitude of SIGNS; none for VALUES, whose payload
-// begins with the values.
+// A packet's payload, how many elements it names, the coding, and the magnitude of SIGNS; none for VALUES, whose values
+// the payload begins with.
 using Packed = std::tuple<Bytes, std::uint64_t, int, std::optional<float>>;
 
 // Why the packet is none, or nullptr.
@@ -43,11 +41,10 @@ const char *read_packed(const Packed &packed, std::uint64_t numel, float scale, 
         return nullptr;
     }
     if (count > set.nbytes / 4) return "it is too short for its values";
-    if (reinterpret_cast<std::uintptr_t>(set.bytes) % 4) throw std::invalid_argument("values must begin at a multiple of 4");
+    if (reinterpret_cast<std::uintptr_t>(set.bytes) % 4) throw std::invalid_argument("payload must begin at a multiple of 4");
     const auto *values = reinterpret_cast<const float *>(set.bytes);
     set.bytes += 4 * count;
     set.nbytes -= 4 * count;
-    // No elements, no values: but not a set of signs.
     addends.push_back(Addend{set, values, scale, 0.0f});
     return nullptr;
 }

@@ -9,6 +9,7 @@
 #include "finite.h"
 #include "indices.h"
 #include "parallel.h"
+#include "sample.h"
 #include "tensors.h"
 
 namespace gradcomp {
@@ -46,6 +47,7 @@ struct Source {
     std::size_t numel;
     Level level;
     int threads;
+    std::optional<Sampling> sampling{};  // of signs, where something is left
 };
 
 struct Selection {
@@ -54,6 +56,7 @@ struct Selection {
     std::vector<float> values;  // of what is in the mask, in order, if they were asked for
     std::uint64_t count = 0;
     bool finite = true;
+    std::vector<std::uint32_t> sample{};  // the largest of it, falling, as bits
 };
 
 enum class What { signs, values };
@@ -73,6 +76,21 @@ std::uint64_t *planes(std::size_t words) {
     return memory.get();
 }
 
+// scan_signs(), and the sample of each chunk of it while that is in the first cache.
+Found scan_sampled(Level level, Sampler &sampler, const float *grad, const float *residual, float *left, std::size_t length,
+                   float tau, std::uint64_t *mask, std::uint64_t *negative) {
+    Found found{0, 0};
+    for (std::size_t start = 0; start < length; start += Sampler::kChunk) {
+        const std::size_t some = std::min(Sampler::kChunk, length - start);
+        sampler.before(grad + start, some);
+        const Found here = GRADCOMP_AT(level, scan_signs)(grad + start, residual + start, left + start, some, tau,
+                                                          mask + start / 64, negative + start / 64);
+        sampler.after(left + start, some);
+        found = Found{found.count + here.count, std::max(found.most, here.most)};
+    }
+    return found;
+}
+
 Selection select(const Source &from, What what, float tau, bool leave) {
     const std::size_t words = words_of(from.numel);
     std::uint64_t *const memory = planes(words);
@@ -80,12 +98,19 @@ Selection select(const Source &from, What what, float tau, bool leave) {
     const auto starts = split(from.numel, 64, from.threads);
     std::vector<Found> parts(starts.size() - 1);
     std::vector<Values> values(starts.size() - 1);
+    std::vector<std::vector<std::uint32_t>> samples(starts.size() - 1);
     parallel(starts, [&](std::size_t part, std::size_t start, std::size_t stop) {
         const float *grad = from.grad + start;
         const float *residual = from.residual ? from.residual + start : nullptr;
         float *left = leave && from.left ? from.left + start : nullptr;
         std::uint64_t *mask = found.mask + start / 64;
         std::uint64_t *negative = found.negative + start / 64;
+        if (from.sampling && left != nullptr) {
+            Sampler sampler(*from.sampling, start);
+            parts[part] = scan_sampled(from.level, sampler, grad, residual, left, stop - start, tau, mask, negative);
+            samples[part] = std::move(sampler.largest);
+            return;
+        }
         parts[part] = what == What::signs
                           ? GRADCOMP_AT(from.level, scan_signs)(grad, residual, left, stop - start, tau, mask, negative)
                           : GRADCOMP_AT(from.level, scan_values)(grad, residual, left, stop - start, tau, mask, negative,
@@ -96,7 +121,9 @@ Selection select(const Source &from, What what, float tau, bool leave) {
         found.finite = found.finite && parts[part].most < kInfinity;
         const float *first = values[part].data.get();
         if (values[part].size) found.values.insert(found.values.end(), first, first + values[part].size);
+        found.sample.insert(found.sample.end(), samples[part].begin(), samples[part].end());
     }
+    if (from.sampling) sort_largest(found.sample, from.sampling->count);
     return found;
 }
 
@@ -120,10 +147,7 @@ std::vector<std::uint32_t> sample_largest(const Source &from, std::size_t stride
         const float scaled = from.grad[i] * weight;
         sample.push_back(bits_of(from.residual ? scaled + from.residual[i] : scaled) & kMagnitude);
     }
-    count = std::min(count, sample.size());
-    std::nth_element(sample.begin(), sample.begin() + count, sample.end(), std::greater<>());
-    sample.resize(count);
-    std::sort(sample.begin(), sample.end(), std::greater<>());
+    sort_largest(sample, count);
     return sample;
 }
 
@@ -188,13 +212,15 @@ struct Packed {
     Coded coded;
     std::uint64_t count = 0;
     bool finite = true;
+    std::vector<std::uint32_t> sample{};
 };
 
 Packed encode_signs(const Source &from, float tau) {
-    const Selection found = select_safely(from, What::signs, tau);
+    Selection found = select_safely(from, What::signs, tau);
     if (!found.finite) return Packed{Coded{}, 0, false};
     const Coding coding = choose_coding(found.count, from.numel, true);
-    return Packed{encode_planes(found.mask, found.negative, from.numel, found.count, coding, from.level), found.count};
+    return Packed{encode_planes(found.mask, found.negative, from.numel, found.count, coding, from.level), found.count,
+                  true, std::move(found.sample)};
 }
 
 // What passes +-tau, with its values: if more than `most` do, the k largest. If fewer than k do and `exact`, tau is lowered
@@ -242,6 +268,13 @@ Source source(const Floats &grad, const Residual &residual, const Left &left, co
                   grad.shape(0), level_named(level),                    threads};
 }
 
+// The floats whose bits these are.
+nb::object as_floats(const std::vector<std::uint32_t> &bits) {
+    Array<float> values = new_array<float>(bits.size());
+    if (!bits.empty()) std::memcpy(values.get(), bits.data(), 4 * bits.size());
+    return nb::cast(as_tensor(std::move(values), bits.size()));
+}
+
 template <typename Encode> nb::object encoded(const Source &from, const Encode &encode) {
     Packed packed;
     float broken = 0.0f;
@@ -252,13 +285,25 @@ template <typename Encode> nb::object encoded(const Source &from, const Encode &
         if (!packed.finite) broken = sum_nonfinite(from.grad, from.left == from.grad ? nullptr : from.residual, from.numel);
     }
     if (!packed.finite) return nb::float_(broken);
-    return nb::make_tuple(as_tensor(std::move(packed.coded.bytes), packed.coded.nbytes), packed.count);
+    auto payload = as_tensor(std::move(packed.coded.bytes), packed.coded.nbytes);
+    if (from.sampling) return nb::make_tuple(std::move(payload), packed.count, as_floats(packed.sample));
+    return nb::make_tuple(std::move(payload), packed.count);
 }
 
 nb::object bound_encode_signs(const Floats &grad, const Residual &residual, float tau, const Left &left, int threads,
                               const std::string &level) {
     if (!(tau >= 0.0f) || !std::isfinite(tau)) throw std::invalid_argument("tau must be finite and at least 0");
     const Source from = source(grad, residual, left, level, threads);
+    return encoded(from, [&] { return encode_signs(from, tau); });
+}
+
+nb::object bound_encode_signs_sampled(const Floats &grad, const Floats &residual, float tau, std::size_t stride,
+                                      std::size_t count, float weight, const MutableFloats &left, int threads,
+                                      const std::string &level) {
+    if (!(tau >= 0.0f) || !std::isfinite(tau)) throw std::invalid_argument("tau must be finite and at least 0");
+    if (stride == 0 || count == 0) throw std::invalid_argument("stride and count must be at least 1");
+    Source from = source(grad, residual, left, level, threads);
+    from.sampling = Sampling{stride, count, weight};
     return encoded(from, [&] { return encode_signs(from, tau); });
 }
 
@@ -281,16 +326,12 @@ nb::object bound_sample_largest(const Floats &grad, const Residual &residual, st
                                 float weight) {
     if (stride == 0) throw std::invalid_argument("stride must be at least 1");
     const Source from = source(grad, residual, std::nullopt, "generic", 1);
-    Array<float> values;
-    std::size_t found = 0;
+    std::vector<std::uint32_t> largest;
     {
         nb::gil_scoped_release released;
-        const std::vector<std::uint32_t> largest = sample_largest(from, stride, count, weight);
-        found = largest.size();
-        values = new_array<float>(found);
-        if (found) std::memcpy(values.get(), largest.data(), 4 * found);
+        largest = sample_largest(from, stride, count, weight);
     }
-    return nb::cast(as_tensor(std::move(values), found));
+    return as_floats(largest);
 }
 
 }  // namespace
@@ -299,6 +340,8 @@ void bind_select(nb::module_ &module) {
     const nb::object best = module.attr("LEVEL");
     module.def("encode_signs", &bound_encode_signs, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "tau"_a,
                "left"_a.noconvert().none(), "threads"_a, "level"_a = best);
+    module.def("encode_signs_sampled", &bound_encode_signs_sampled, "grad"_a.noconvert(), "residual"_a.noconvert(), "tau"_a,
+               "stride"_a, "count"_a, "weight"_a, "left"_a.noconvert(), "threads"_a, "level"_a = best);
     module.def("encode_largest", &bound_encode_largest, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "k"_a,
                "left"_a.noconvert().none(), "threads"_a, "level"_a = best);
     module.def("encode_above", &bound_encode_above, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "tau"_a, "most"_a,
