@@ -242,6 +242,90 @@ def test_elements_outside_the_set_stay_as_they_are() -> None:
             assert out.signbit().tolist() == [False, True] * 150
 
 
+def packed(numel: int, density: float, coding: Coding, signed: bool, seed: int) -> sets.CodedPacket:
+    """A packet: of signs, or of values that come before the set."""
+    index, negative = uniform(numel, density, seed)
+    coded = sets.encode(index, negative if signed else None, numel, coding)
+    if signed:
+        return coded, len(index), coding, 0.1 * (seed + 1)
+    return torch.cat([vector(len(index)).view(torch.uint8), coded]), len(index), coding, None
+
+
+def check_sum(numel: int, packets: list[sets.CodedPacket], scale: float) -> None:
+    """One packet after the other, and all at once, on every level."""
+    expected = torch.zeros(numel)
+    for payload, count, coding, magnitude in packets:
+        if magnitude is None:
+            values, coded = payload[: 4 * count].view(torch.float32), payload[4 * count :]
+            sets.add_values(expected, coded, count, coding, values, scale)
+        else:
+            sets.add_signs(expected, payload, count, coding, float(torch.tensor(magnitude) * scale))
+    plain = [(payload, count, int(coding), magnitude) for payload, count, coding, magnitude in packets]
+    for level in LEVELS:
+        for threads in (1, 2):
+            whole = torch.full((numel + 32,), math.nan)
+            out = whole[16 : 16 + numel]
+            assert native.module.sum_sets(out, plain, scale, level, threads) is None
+            assert same_bits(out, expected)
+            assert int(whole.isnan().sum()) - int(out.isnan().sum()) == 32
+    out = torch.full((numel,), math.nan)
+    sets.sum_sets(out, packets, scale)
+    assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 64, 65, 1000, 4095, 4096, 4097, 8200, 32_768])
+def test_sums_of_sets(numel: int) -> None:
+    """All codings together, and elements of several packets on each other."""
+    kinds = [(coding, signed) for coding in CODINGS for signed in (True, False)]
+    for density in (0.0, 1e-3, 0.1, 1.0):
+        packets = [packed(numel, density, *kind, seed) for seed, kind in enumerate(kinds)]
+        check_sum(numel, packets, 0.3)
+    check_sum(numel, [], 1.0)
+
+
+@pytest.mark.parametrize("density", [1e-5, 1e-3, 0.2])
+def test_sums_of_long_sets(density: float) -> None:
+    """Long enough for two threads and for writing past the caches, which wants aligned memory: off by one it is not."""
+    kinds = [(coding, signed) for coding in CODINGS if coding is not Coding.GAPS for signed in (True, False)]
+    packets = [packed(THREADED, density, *kind, seed) for seed, kind in enumerate(kinds)]
+    check_sum(THREADED, packets, -0.25)
+    plain = [(payload, count, int(coding), magnitude) for payload, count, coding, magnitude in packets]
+    outs = [torch.empty(THREADED + shift)[shift:] for shift in (0, 1)]
+    for out in outs:
+        assert native.module.sum_sets(out, plain, 0.3) is None
+    assert same_bits(*outs)
+
+
+def test_a_sum_of_very_many() -> None:
+    packets = [packed(5000, 0.01, choose(50, 5000, signed=True), True, seed) for seed in range(100)]
+    check_sum(5000, packets, 1 / 3)
+
+
+def test_a_sum_writes_nothing_if_one_set_is_refused() -> None:
+    good = packed(3000, 0.01, Coding.RICE, True, 0)
+    values = packed(3000, 0.01, Coding.RICE, False, 1)
+    for bad in (
+        (good[0][:-1], good[1], 4, 1.0),
+        (good[0], good[1] + 1, 4, 1.0),
+        (values[0], 1 << 62, 4, None),
+        (values[0][:8], values[1], 4, None),
+        (torch.full((375,), 255, dtype=torch.uint8), 3000, 1, 1.0),
+    ):
+        for level in LEVELS:
+            out = torch.ones(3000)
+            plain = [(good[0], good[1], 4, 1.0), bad]
+            assert isinstance(native.module.sum_sets(out, plain, 1.0, level), str)
+            assert bool((out == 1.0).all())
+        with pytest.raises(PacketError):
+            sets.sum_sets(torch.ones(3000), [good, (bad[0], bad[1], Coding(bad[2]), bad[3])], 1.0)
+    with pytest.raises(ValueError, match="coding"):
+        native.module.sum_sets(torch.ones(3000), [(good[0], good[1], 0, 1.0)], 1.0)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        native.module.sum_sets(torch.ones(3000), [(values[0][1:], 1, 4, None)], 1.0)
+    with pytest.raises(TypeError):
+        native.module.sum_sets(torch.ones(3000), [(good[0].int(), good[1], 4, 1.0)], 1.0)
+
+
 def test_misuse() -> None:
     index, negative = torch.tensor([1, 2]), torch.tensor([True, False])
     coded = sets.encode(index, negative, 10, Coding.MAP)

@@ -254,6 +254,71 @@ def test_samples_put_what_is_not_finite_first() -> None:
     assert kernels.sample_largest(torch.empty(0), None, 0.5).tolist() == []
 
 
+def check_sampled(grad: Tensor, residual: Tensor, tau: float, density: float, weight: float) -> None:
+    """Compare every level, on one thread and on two; what is left goes to either input, or elsewhere."""
+    stride, count = reference.sample_size(grad.numel(), density)
+    for where in range(3):
+        g, r = grad.clone(), residual.clone()
+        left = (g, r, torch.empty_like(r))[where]
+        expected = reference.encode_signs_sampled(g, r, tau, density, weight, left=left)
+        if not isinstance(expected, float):
+            assert expected[2] == reference.sample_threshold(grad, left, density, weight)
+        for level in LEVELS:
+            for threads in (1, 2):
+                g2, r2 = grad.clone(), residual.clone()
+                left2 = (g2, r2, torch.empty_like(r2))[where]
+                arguments = (g2, r2, tau, stride, count, weight, left2, threads, level)
+                found = native.module.encode_signs_sampled(*arguments)
+                if isinstance(expected, float) or isinstance(found, float):
+                    assert_same(found, expected)  # type: ignore[arg-type]
+                    assert where != 1 or torch.equal(bits(r2), bits(residual))
+                    continue
+                assert_same(found[:2], expected[:2])
+                assert found[2] == expected[2]
+                assert torch.equal(bits(left2), bits(left))
+
+
+@pytest.mark.parametrize("numel", [1, 2, 63, 64, 129, 1000, 4101, LONG])
+@pytest.mark.parametrize("density", [1e-4, 0.01, 1.0])
+def test_signs_with_a_sample(numel: int, density: float) -> None:
+    for tau in (0.0, 1.5, FLOAT32_MAX):
+        check_sampled(normal(numel), normal(numel, 1), tau, density, 0.7)
+    check_sampled(torch.zeros(numel), torch.zeros(numel), 1.0, density, 1.0)
+
+
+def test_signs_with_a_sample_at_strides_that_miss_the_chunks() -> None:
+    for stride in (1, 3, 63, 65, 127, 129, 1000, 5000):
+        grad, left = normal(LONG), normal(LONG, 1)
+        expected = (grad[::stride] * 0.7 + (left + grad)[::stride]).abs().topk(40).values
+        found = native.module.encode_signs_sampled(grad, left, FLOAT32_MAX, stride, 40, 0.7, left, 2)
+        assert not isinstance(found, float)
+        assert found[2] == reference.best_threshold(expected)
+
+
+def test_signs_with_a_sample_of_equal_denormal_and_large_values() -> None:
+    tiny = torch.tensor([1e-45, -1e-45, 1e-40, 0.0, -0.0, 1.0, -1.0]).repeat(40)
+    check_sampled(tiny, torch.zeros(280), 0.5, 0.3, 0.7)
+    check_sampled(torch.full((9000,), 1e-45), torch.zeros(9000), 1.0, 0.01, 0.7)
+    check_sampled(torch.full((9000,), 2.0), torch.ones(9000), 1.0, 0.01, 0.7)
+    grad, residual = normal(5000), normal(5000, 1)
+    grad[7] = 3e38  # weight * grad + left overflows where acc did not: no threshold to go by
+    residual[7] = 0.3e38
+    check_sampled(grad, residual, 1.0, 1.0, 1.0)
+    for bad in (math.nan, math.inf):
+        grad[4999] = bad
+        check_sampled(grad, residual, 1.0, 0.01, 0.7)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 5, 1000, 70_000])
+def test_thresholds_of_samples(numel: int) -> None:
+    for grad in (normal(numel), torch.zeros(numel), normal(numel) ** 9):
+        for residual in (None, normal(numel, 1)):
+            for density in (1e-3, 0.3):
+                ours = kernels.sample_threshold(grad, residual, density, 0.7)
+                assert ours == reference.sample_threshold(grad, residual, density, 0.7)
+    assert kernels.sample_threshold(torch.tensor([math.inf, 1.0]), None, 1.0) == 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     grad, residual = normal(1000).to(dtype), normal(1000, 1)

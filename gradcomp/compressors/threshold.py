@@ -87,7 +87,7 @@ class Threshold(Compressor):
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
         packet, next_tau = self._encode_leaving(flat_gradient(grad), state, state["residual"])
-        _learn(next_tau, state)
+        _learn(next_tau, packet, state)
         return packet
 
     def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
@@ -97,7 +97,7 @@ class Threshold(Compressor):
         packet, next_tau = self._encode_leaving(left, state, left)
 
         def commit() -> Tensor:
-            _learn(next_tau, state)
+            _learn(next_tau, packet, state)
             return exchange_residual(state, left)
 
         return packet, commit
@@ -105,9 +105,8 @@ class Threshold(Compressor):
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         super().commit(grad, packet, state)
         if self.density is not None:
-            flat, left = flat_gradient(grad), state["residual"]
-            largest = kernels.sample_largest(flat, left, self.density, _WEIGHT_OF_NEXT)
-            _learn(_next_tau(largest, packet), state)
+            tau = kernels.sample_threshold(flat_gradient(grad), state["residual"], self.density, _WEIGHT_OF_NEXT)
+            _learn(tau, packet, state)
 
     def _tau(self, flat: Tensor, state: State | None) -> float:
         """The threshold of this step; 0 if every element of the sample is: there is nothing to go by yet."""
@@ -117,7 +116,7 @@ class Threshold(Compressor):
             tau = state["tau"].item()
             if tau > 0.0:
                 return float(tau)
-        return _best_tau(kernels.sample_largest(flat, None if state is None else state["residual"], self.density))
+        return kernels.sample_threshold(flat, None if state is None else state["residual"], self.density)
 
     def _encode_leaving(self, flat: Tensor, state: State, left: Tensor) -> tuple[Packet, float | None]:
         """Encode and write to ``left`` what is left; also the threshold of the next step, if there is a new one."""
@@ -130,7 +129,7 @@ class Threshold(Compressor):
         if isinstance(found, float):
             return Packet.nonfinite(found, flat.numel(), flat.device), None
         packet = Packet.coded_signs(found[0], found[1], flat.numel(), tau)
-        return packet, None if len(found) == 2 else _next_tau(found[2], packet)
+        return packet, None if len(found) == 2 else found[2]
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.SIGNS)
@@ -155,26 +154,7 @@ class Threshold(Compressor):
         return {"tau": packet.scalar, "density": packet.count / max(packet.numel, 1)}
 
 
-def _next_tau(largest: Tensor, packet: Packet) -> float:
-    return _best_tau(largest) or packet.scalar or math.nan
-
-
-def _learn(tau: float | None, state: State) -> None:
+def _learn(tau: float | None, packet: Packet, state: State) -> None:
+    """Go on with the threshold found for the next step, if one was looked for; 0 says that there was nothing to see."""
     if tau is not None:
-        state["tau"].fill_(tau)
-
-
-def _best_tau(largest: Tensor) -> float:
-    """The threshold under which the most is sent, count times tau, if no more elements may pass than ``largest`` holds.
-
-    Most often that is the smallest of them. But where few elements are not zero, or few carry most of it, a higher one
-    drains the residual faster.
-
-    Returns:
-        A threshold that the element it was taken from passes; 0 if there is nothing but zeros, or NaN or Inf.
-    """
-    if not len(largest) or not bool(largest[0].isfinite()):
-        return 0.0
-    sent = largest.double() * torch.arange(1, len(largest) + 1, device=largest.device)
-    tau = largest[sent.argmax()]
-    return float(torch.nextafter(tau, torch.zeros_like(tau))) or float(tau)
+        state["tau"].fill_(tau or packet.scalar or math.nan)

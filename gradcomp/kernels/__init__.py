@@ -23,6 +23,7 @@ from gradcomp.kernels.select import (
     encode_signs,
     encode_signs_sampled,
     sample_largest,
+    sample_threshold,
 )
 from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
 from gradcomp.kernels.transform import add_factors, add_spectrum
@@ -60,5 +61,6 @@ __all__ = [
     "pack_votes",
     "sample_largest",
     "sample_size",
+    "sample_threshold",
     "sum_sets",
 ]

@@ -11,12 +11,14 @@ from gradcomp.kernels import reference_indices as indices
 from gradcomp.kernels.reference_chunks import accumulate, chunks, new_buffer, nonfinite_value
 
 __all__ = [
+    "best_threshold",
     "encode_above",
     "encode_largest",
     "encode_signs",
     "encode_signs_sampled",
     "sample_largest",
     "sample_size",
+    "sample_threshold",
     "scatter_signs",
     "select_largest",
     "select_threshold",
@@ -83,6 +85,30 @@ def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight
     return sample.abs().topk(count).values
 
 
+def best_threshold(largest: Tensor) -> float:
+    """The threshold under which the most is sent, count times tau, if no more elements may pass than ``largest`` holds.
+
+    Most often that is the smallest of them. But where few elements are not zero, or few carry most of it, a higher one
+    drains the residual faster. Of equally good ones the highest.
+
+    Args:
+        largest: from :func:`sample_largest`.
+
+    Returns:
+        A threshold that the element it was taken from passes; 0 if there is nothing but zeros, or NaN or Inf.
+    """
+    if not len(largest) or not bool(largest[0].isfinite()):
+        return 0.0
+    sent = largest.double() * torch.arange(1, len(largest) + 1, device=largest.device)
+    tau = largest[sent.argmax()]
+    return float(torch.nextafter(tau, torch.zeros_like(tau))) or float(tau)
+
+
+def sample_threshold(grad: Tensor, residual: Tensor | None, density: float, weight: float = 1.0) -> float:
+    """The :func:`best_threshold` of :func:`sample_largest`."""
+    return best_threshold(sample_largest(grad, residual, density, weight))
+
+
 def select_largest(grad: Tensor, residual: Tensor | None, k: int) -> tuple[Tensor, Tensor] | float:
     """The k elements of acc with the largest magnitude, zeros left out; of equal ones those with the lowest index.
 
@@ -142,14 +168,14 @@ def encode_signs(
 
 def encode_signs_sampled(
     grad: Tensor, residual: Tensor, tau: float, density: float, weight: float, *, left: Tensor
-) -> tuple[Tensor, int, Tensor] | float:
-    """:func:`encode_signs`, and what :func:`sample_largest` finds in ``weight * grad + left`` afterwards, in one sweep.
+) -> tuple[Tensor, int, float] | float:
+    """:func:`encode_signs`, and the :func:`sample_threshold` of ``weight * grad + left`` afterwards, in one sweep.
 
     Args:
         left: may be ``grad``, of which the values before that count.
 
     Returns:
-        The coded index set, how many it names, and the largest of the sample; or a float if acc is not finite.
+        The coded index set, how many it names, and that threshold; or a float if acc is not finite.
     """
     stride, count = sample_size(grad.numel(), density)
     sample = grad[::stride].to(torch.float32) * weight
@@ -157,7 +183,7 @@ def encode_signs_sampled(
     if isinstance(found, float):
         return found
     sample += left[::stride]
-    return *found, sample.abs().topk(count).values
+    return *found, best_threshold(sample.abs().topk(count).values)
 
 
 def encode_largest(

@@ -6,7 +6,14 @@ from torch import Tensor
 
 from gradcomp.kernels import native, reference
 
-__all__ = ["encode_above", "encode_largest", "encode_signs", "encode_signs_sampled", "sample_largest"]
+__all__ = [
+    "encode_above",
+    "encode_largest",
+    "encode_signs",
+    "encode_signs_sampled",
+    "sample_largest",
+    "sample_threshold",
+]
 
 
 def encode_signs(
@@ -27,7 +34,7 @@ def encode_signs_sampled(
     *,
     left: Tensor,
     threads: int | None = None,
-) -> tuple[Tensor, int, Tensor] | float:
+) -> tuple[Tensor, int, float] | float:
     """:func:`gradcomp.kernels.reference.encode_signs_sampled`, from the fastest backend."""
     if native.takes(grad) and grad.numel():
         stride, wanted = reference.sample_size(grad.numel(), density)
@@ -68,3 +75,11 @@ def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight
         stride, count = reference.sample_size(grad.numel(), density)
         return native.module.sample_largest(native.floats(grad), residual, stride, count, weight)
     return reference.sample_largest(grad, residual, density, weight)
+
+
+def sample_threshold(grad: Tensor, residual: Tensor | None, density: float, weight: float = 1.0) -> float:
+    """:func:`gradcomp.kernels.reference.sample_threshold`, from the fastest backend."""
+    if native.takes(grad):
+        stride, count = reference.sample_size(grad.numel(), density)
+        return native.module.sample_threshold(native.floats(grad), residual, stride, count, weight)
+    return reference.sample_threshold(grad, residual, density, weight)

@@ -76,12 +76,17 @@ std::uint64_t *planes(std::size_t words) {
     return memory.get();
 }
 
-// scan_signs(), and the sample of each chunk of it while that is in the first cache.
+// scan_signs(), and the sample of each chunk while that is in the first cache.
 Found scan_sampled(Level level, Sampler &sampler, const float *grad, const float *residual, float *left, std::size_t length,
                    float tau, std::uint64_t *mask, std::uint64_t *negative) {
+    constexpr std::size_t kAhead = 512;  // elements to fetch before they are needed
     Found found{0, 0};
     for (std::size_t start = 0; start < length; start += Sampler::kChunk) {
         const std::size_t some = std::min(Sampler::kChunk, length - start);
+        for (std::size_t i = start + kAhead; i < std::min(start + kAhead + some, length); i += 16) {
+            prefetch(grad + i);
+            prefetch(residual + i);
+        }
         sampler.before(grad + start, some);
         const Found here = GRADCOMP_AT(level, scan_signs)(grad + start, residual + start, left + start, some, tau,
                                                           mask + start / 64, negative + start / 64);
@@ -268,13 +273,6 @@ Source source(const Floats &grad, const Residual &residual, const Left &left, co
                   grad.shape(0), level_named(level),                    threads};
 }
 
-// The floats whose bits these are.
-nb::object as_floats(const std::vector<std::uint32_t> &bits) {
-    Array<float> values = new_array<float>(bits.size());
-    if (!bits.empty()) std::memcpy(values.get(), bits.data(), 4 * bits.size());
-    return nb::cast(as_tensor(std::move(values), bits.size()));
-}
-
 template <typename Encode> nb::object encoded(const Source &from, const Encode &encode) {
     Packed packed;
     float broken = 0.0f;
@@ -286,7 +284,7 @@ template <typename Encode> nb::object encoded(const Source &from, const Encode &
     }
     if (!packed.finite) return nb::float_(broken);
     auto payload = as_tensor(std::move(packed.coded.bytes), packed.coded.nbytes);
-    if (from.sampling) return nb::make_tuple(std::move(payload), packed.count, as_floats(packed.sample));
+    if (from.sampling) return nb::make_tuple(std::move(payload), packed.count, best_threshold(packed.sample));
     return nb::make_tuple(std::move(payload), packed.count);
 }
 
@@ -322,8 +320,9 @@ nb::object bound_encode_above(const Floats &grad, const Residual &residual, floa
     return encoded(from, [&] { return encode_values(from, tau, most, k, false); });
 }
 
-nb::object bound_sample_largest(const Floats &grad, const Residual &residual, std::size_t stride, std::size_t count,
-                                float weight) {
+template <typename Use>
+auto bound_sample(const Floats &grad, const Residual &residual, std::size_t stride, std::size_t count, float weight,
+                  const Use &use) {
     if (stride == 0) throw std::invalid_argument("stride must be at least 1");
     const Source from = source(grad, residual, std::nullopt, "generic", 1);
     std::vector<std::uint32_t> largest;
@@ -331,7 +330,21 @@ nb::object bound_sample_largest(const Floats &grad, const Residual &residual, st
         nb::gil_scoped_release released;
         largest = sample_largest(from, stride, count, weight);
     }
-    return as_floats(largest);
+    return use(largest);
+}
+
+nb::object bound_sample_largest(const Floats &grad, const Residual &residual, std::size_t stride, std::size_t count,
+                                float weight) {
+    return bound_sample(grad, residual, stride, count, weight, [](const std::vector<std::uint32_t> &largest) {
+        Array<float> values = new_array<float>(largest.size());
+        if (!largest.empty()) std::memcpy(values.get(), largest.data(), 4 * largest.size());
+        return nb::cast(as_tensor(std::move(values), largest.size()));
+    });
+}
+
+float bound_sample_threshold(const Floats &grad, const Residual &residual, std::size_t stride, std::size_t count,
+                             float weight) {
+    return bound_sample(grad, residual, stride, count, weight, best_threshold);
 }
 
 }  // namespace
@@ -347,6 +360,8 @@ void bind_select(nb::module_ &module) {
     module.def("encode_above", &bound_encode_above, "grad"_a.noconvert(), "residual"_a.noconvert().none(), "tau"_a, "most"_a,
                "k"_a, "left"_a.noconvert().none(), "threads"_a, "level"_a = best);
     module.def("sample_largest", &bound_sample_largest, "grad"_a.noconvert(), "residual"_a.noconvert().none(),
+               "stride"_a, "count"_a, "weight"_a);
+    module.def("sample_threshold", &bound_sample_threshold, "grad"_a.noconvert(), "residual"_a.noconvert().none(),
                "stride"_a, "count"_a, "weight"_a);
 }
 
