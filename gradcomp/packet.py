@@ -27,6 +27,7 @@ __all__ = ["HEADER_NBYTES", "MAX_BLOCK", "Coding", "Kind", "Packet"]
 _HEADER = struct.Struct("<2s4B2sQQIf")  # magic, version, kind, coding, bits, zeros, count, numel, block, scalar
 HEADER_NBYTES = _HEADER.size
 _MAGIC, _VERSION = b"GC", 1
+_LAST_CODING = max(Coding)
 _CANONICAL_NAN = struct.pack("<I", 0x7FC00000)
 
 
@@ -269,7 +270,7 @@ class Packet:
             raise PacketError(f"packet format is version {version}; this build reads version {_VERSION}")
         if its_numel != numel:
             raise PacketError(f"packet is for {its_numel} elements; the tensor has {numel}")
-        if zeros != bytes(2) or coding > max(Coding):
+        if zeros != bytes(2) or coding > _LAST_CODING:
             raise PacketError(f"packet header: coding {coding}, reserved bytes {zeros!r}")
         packet = cls(
             kind=kind,

@@ -16,6 +16,7 @@ from gradcomp.kernels.reference_indices import add_signs, add_values, sum_sets
 from gradcomp.kernels.reference_quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.reference_random import random_halves
 from gradcomp.kernels.reference_select import (
+    best_threshold,
     encode_above,
     encode_largest,
     encode_signs,
@@ -40,6 +41,7 @@ __all__ = [
     "add_signs",
     "add_spectrum",
     "add_values",
+    "best_threshold",
     "cast",
     "encode_above",
     "encode_bits",

@@ -29,7 +29,7 @@ constexpr std::size_t kTile = 4096;  // elements; a multiple of 64. Half of a sm
 
 // A packet's payload, how many elements it names, the coding, and the magnitude of SIGNS; none for VALUES, whose values
 // the payload begins with.
-using Packed = std::tuple<Bytes, std::uint64_t, int, std::optional<float>>;
+using Packed = std::tuple<Bytes, std::uint64_t, int, std::optional<double>>;
 
 // Why the packet is none, or nullptr.
 const char *read_packed(const Packed &packed, std::uint64_t numel, float scale, std::vector<Addend> &addends) {
@@ -37,7 +37,7 @@ const char *read_packed(const Packed &packed, std::uint64_t numel, float scale, 
     if (coding < 1 || coding > 4) throw std::invalid_argument("coding must be 1 to 4");
     Set set{payload.data(), payload.shape(0), count, numel, static_cast<Coding>(coding), magnitude.has_value()};
     if (magnitude) {
-        addends.push_back(Addend{set, nullptr, scale, *magnitude * scale});
+        addends.push_back(Addend{set, nullptr, scale, static_cast<float>(*magnitude) * scale});
         return nullptr;
     }
     if (count > set.nbytes / 4) return "it is too short for its values";
