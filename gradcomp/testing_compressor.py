@@ -184,6 +184,11 @@ def _check_packet(compressor: Compressor, grad: Tensor, packet: Packet) -> None:
     compressor.decompress_add(received, out, 0.25)  # a power of two: scaling rounds only below 1e-38
     right = torch.allclose(out, start + decoded * 0.25, rtol=1e-6, atol=1e-30, equal_nan=True)
     _require(right, "decompress_add() adds scale * decoded")
+    one_by_one = torch.zeros_like(out)
+    for each in (received, packet):
+        compressor.decompress_add(each, one_by_one, 0.3)
+    compressor.decompress_sum([received, packet], out, 0.3)
+    _require(_same(out, one_by_one), "decompress_sum() is decompress_add() one by one, to the bit")
 
 
 def _check_conservation(grad: Tensor, before: Tensor, decoded: Tensor, after: Tensor) -> None:

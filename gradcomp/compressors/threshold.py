@@ -122,6 +122,7 @@ class Threshold(Compressor):
         """Encode and write to ``left`` what is left; also the threshold of the next step, if there is a new one."""
         tau, residual = self._tau(flat, state), state["residual"]
         limit = tau or _FLOAT32.max  # no finite element passes the largest of all
+        found: tuple[Tensor, int] | tuple[Tensor, int, float] | float
         if self.density is None:
             found = kernels.encode_signs(flat, residual, limit, left=left)
         else:
