@@ -15,7 +15,8 @@ def _address(view: memoryview) -> int:
 def test_what_is_let_go_of_is_used_again_for_about_as_much() -> None:
     pool = Memory()
     first = pool.take(1_000_001)
-    assert len(first) == 1_000_001 and not first.readonly
+    assert len(first) == 1_000_001
+    assert not first.readonly
     at = _address(first)
     del first
     assert _address(pool.take(1_048_576)) == at
@@ -51,6 +52,8 @@ def test_floats() -> None:
     cpu = torch.device("cpu")
     for numel in (0, 1, 1000, 300_000):
         floats = empty_floats(numel, cpu)
-        assert floats.dtype == torch.float32 and floats.shape == (numel,) and floats.data_ptr() % 4 == 0
+        assert floats.dtype == torch.float32
+        assert floats.shape == (numel,)
+        assert floats.data_ptr() % 4 == 0
         floats.fill_(1.0)
     assert empty_floats(5, torch.device("meta")).is_meta
