@@ -48,6 +48,9 @@ class Driver:
         self._new: deque[_Bucket] = deque()
         self._active: list[_Bucket] = []
         self._unfinished = 0
+        # For who waits for all of it: of what comes in meanwhile the training thread need not hear.
+        self._idle = threading.Event()
+        self._idle.set()
         self._error: BaseException | None = None
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="gradcomp-exchange", daemon=True)
@@ -62,6 +65,7 @@ class Driver:
         with self._transport.arrival:
             self._check()
             self._unfinished += 1
+            self._idle.clear()
             self._new.append(_Bucket(steps, record, time.perf_counter(), self.lane.mark()))
             self._transport.arrival.notify_all()
 
@@ -71,7 +75,11 @@ class Driver:
         Raises:
             GradcompError: what an exchange failed with.
         """
-        self.wait_until(lambda: not self._unfinished)
+        while not self._idle.wait(1.0):
+            self._check_alive()
+        with self._transport.arrival:
+            self._check()
+        self.lane.join()
 
     def wait_until(self, there: Callable[[], bool]) -> None:
         """Wait for something that an exchange under way, or a message that comes in, makes true.
@@ -81,8 +89,7 @@ class Driver:
         """
         with self._transport.arrival:
             while not there() and self._error is None and not self._stopped:
-                if not self._thread.is_alive():
-                    raise TransportError("the exchange thread is gone")
+                self._check_alive()
                 self._transport.arrival.wait(1.0)
             self._check()
         self.lane.join()
@@ -91,9 +98,14 @@ class Driver:
         """End the thread; what is under way is dropped."""
         with self._transport.arrival:
             self._stopped = True
+            self._idle.set()
             self._transport.arrival.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(5.0)
+
+    def _check_alive(self) -> None:
+        if not self._thread.is_alive():
+            raise TransportError("the exchange thread is gone")
 
     def _check(self) -> None:
         if self._error is not None:
@@ -109,6 +121,7 @@ class Driver:
             except BaseException as error:
                 with self._transport.arrival:
                     self._error = error
+                    self._idle.set()
                     self._transport.arrival.notify_all()
 
     def _next(self) -> _Bucket | None:
@@ -150,4 +163,6 @@ class Driver:
                 bucket.record.under_way.append((bucket.submitted, time.perf_counter()))
                 self._active.remove(bucket)
                 self._unfinished -= 1
+                if not self._unfinished:
+                    self._idle.set()
                 self._transport.arrival.notify_all()

@@ -151,10 +151,11 @@ def _parse_lengths(
     counts = _COUNTS.unpack_from(data)
     if counts != (len(pieces), parameters):
         raise PacketError(f"message holds {counts} pieces and parameters, expected {(len(pieces), parameters)}")
-    present = tuple(bool(data[_COUNTS.size + i // 8] >> (i % 8) & 1) for i in range(parameters))
-    if bytes(data[_COUNTS.size : lengths_at]) != _bitmap(present) + bytes(lengths_at - _COUNTS.size - bits):
+    bitmap = int.from_bytes(data[_COUNTS.size : lengths_at], "little")
+    if bitmap >> parameters:
         raise PacketError("message has bits set in its padding")
-    sizes = [_LENGTH.unpack_from(data, lengths_at + _LENGTH.size * i)[0] for i in range(len(pieces))]
+    present = tuple(bitmap >> i & 1 == 1 for i in range(parameters))
+    sizes = list(struct.unpack_from(f"<{len(pieces)}Q", data, lengths_at))
     for piece, size in zip(pieces, sizes, strict=True):
         if size > piece.codec.max_nbytes(piece.numel):
             raise PacketError(f"packet of {size} bytes for {piece.numel} elements is over the most there can be")

@@ -27,8 +27,8 @@ __all__ = ["HEADER_NBYTES", "MAX_BLOCK", "Coding", "Kind", "Packet"]
 _HEADER = struct.Struct("<2s4B2sQQIf")  # magic, version, kind, coding, bits, zeros, count, numel, block, scalar
 HEADER_NBYTES = _HEADER.size
 _MAGIC, _VERSION = b"GC", 1
-_LAST_CODING = max(Coding)
 _CANONICAL_NAN = struct.pack("<I", 0x7FC00000)
+_CODINGS = tuple(Coding)  # by number
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -270,21 +270,21 @@ class Packet:
             raise PacketError(f"packet format is version {version}; this build reads version {_VERSION}")
         if its_numel != numel:
             raise PacketError(f"packet is for {its_numel} elements; the tensor has {numel}")
-        if zeros != bytes(2) or coding > _LAST_CODING:
+        if zeros != bytes(2) or coding >= len(_CODINGS):
             raise PacketError(f"packet header: coding {coding}, reserved bytes {zeros!r}")
+        # All other fields have one encoding each.
+        if math.isnan(scalar) and bytes(header[-4:]) != _CANONICAL_NAN:
+            raise PacketError("packet header is not in canonical form")
         packet = cls(
             kind=kind,
             numel=numel,
             payload=payload,
             count=count,
-            coding=Coding(coding),
+            coding=_CODINGS[coding],
             bits=bits,
             scalar=scalar,
             block=block,
         )
-        # Catches a NaN with other bits and whatever else does not come back as it went in.
-        if packet.header() != bytes(header):
-            raise PacketError("packet header is not in canonical form")
         packet.require(kind)
         return packet
 

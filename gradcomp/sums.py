@@ -84,5 +84,8 @@ def _values(incoming: Incoming, like: Tensor) -> Tensor:
         raise PacketError(f"rank {incoming.peer} sent {len(data)} bytes of a sum; {like.nbytes} were expected")
     if not like.numel():
         return torch.empty_like(like)
-    # A copy: the message's memory need not be writable, nor begin at a multiple of 4.
+    if not data.readonly:
+        there = torch.frombuffer(data, dtype=torch.uint8)
+        if there.data_ptr() % like.element_size() == 0:
+            return there.view(like.dtype)  # only read
     return torch.frombuffer(bytearray(data), dtype=like.dtype)

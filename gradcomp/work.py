@@ -19,6 +19,7 @@ from gradcomp import kernels
 from gradcomp.bucket import Bucket, Parameter, Piece
 from gradcomp.gradients import Gradients
 from gradcomp.interfaces import MY_TURN, Buffer, Commit, Compressor, Incoming, Slot, State, Transport, Work
+from gradcomp.memory import empty_floats
 from gradcomp.message import Head, Message, on_any_rank
 from gradcomp.packet import Packet
 from gradcomp.rounds import Rounds, join
@@ -212,16 +213,14 @@ class BucketWork(Work):
             return None
         grad = whole if piece.numel == whole.numel() else whole.view(-1)[piece.start : piece.stop].view(piece.shape)
         if piece.codec.stateless:
-            packet = self._encode_product(piece, whole, grad) if piece.codec.factored else piece.codec.encode(grad)
+            packet = self._encode_stateless(piece, whole, grad)
             self._unencoded[piece.unit] -= piece.numel
             if self._unencoded[piece.unit] == 0:
                 self._joined.pop(piece.unit, None)  # the packets have all of it now
             return packet
-        name = self._name(piece)
-        state = self._store.get(name, piece, "gradient", grad)
-        position = self.bucket.units[piece.unit].parameters[0]
+        state = self._store.get(self._name(piece), piece, "gradient", grad)
         ours = piece.unit in self._joined and self._device.type == "cpu"
-        if grad is whole and (ours or self._gradients.may_use_up(position)):
+        if grad is whole and (ours or self._gradients.may_use_up(self.bucket.units[piece.unit].parameters[0])):
             packet, commit = piece.codec.prepare(grad, state)
             self._commits.append(partial(self._commit_and_exchange, piece.unit, commit, ours))
         else:
@@ -230,9 +229,13 @@ class BucketWork(Work):
         self._note(piece, piece.codec.stats(packet, state))
         return packet
 
-    def _encode_product(self, piece: Piece, whole: Tensor, grad: Tensor) -> Packet:
-        position, more = self.bucket.units[piece.unit].parameters[0], piece.unit in self._joined  # what waited with it
-        product = None if more else self._gradients.product(position, whole, piece.start, piece.stop)
+    def _encode_stateless(self, piece: Piece, whole: Tensor, grad: Tensor) -> Packet:
+        ours = piece.unit in self._joined
+        if not piece.codec.factored:
+            # What is not ours alone must be copied: the optimizer may change it while it is being sent.
+            return piece.codec.prepare(grad, {})[0] if ours else piece.codec.encode(grad)
+        position = self.bucket.units[piece.unit].parameters[0]
+        product = None if ours else self._gradients.product(position, whole, piece.start, piece.stop)
         packet = piece.codec.encode(grad) if product is None else piece.codec.encode_product(grad, product)
         self._note(piece, piece.codec.stats(packet))
         return packet
@@ -310,7 +313,7 @@ class BucketWork(Work):
         codec.aggregate(total)
         total = total.view(piece.shape)
         if piece.codec.stateless:
-            return piece.codec.encode(total)
+            return piece.codec.prepare(total, {})[0]
         state = self._store.get(self._name(piece), piece, "sum", total)
         packet, commit = piece.codec.for_sums.prepare(total, state)
         self._commits.append(commit)
@@ -348,7 +351,7 @@ class BucketWork(Work):
             grads = [self._gradients.get(p) for p in unit.parameters]
             if all(grad is None for grad in grads):
                 return None
-            flat = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
+            flat = empty_floats(unit.numel, self._device)
             sizes = [self._table[p].numel for p in unit.parameters]
             for p, part, grad, held in zip(unit.parameters, torch.split(flat, sizes), grads, waiting, strict=True):
                 if grad is None:
@@ -373,7 +376,7 @@ class BucketWork(Work):
             if grad is not None and grad.dtype == torch.float32 and grad.is_contiguous():
                 self._outs[index] = grad.detach().view(-1)
             else:
-                self._outs[index] = torch.empty(unit.numel, dtype=torch.float32, device=self._device)
+                self._outs[index] = empty_floats(unit.numel, self._device)
         return self._outs[index]
 
     def _put_back(self, index: int, out: Tensor, present: set[int]) -> None:

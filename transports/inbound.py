@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from gradcomp.errors import PacketError
 from gradcomp.handshake import MAX_HELLO_BYTES
 from gradcomp.interfaces import Slot
@@ -86,7 +84,7 @@ class Inbound:
                 raise PacketError(f"message of {header.total} bytes is over {self._session.max_message_bytes}")
             self._mailbox.expect(self._peer, slot, header.total)
             self._slot, self._total, self._got, self._chunk = slot, header.total, 0, 0
-            self._whole = np.empty(header.total, np.uint8).data if header.length < header.total else None
+            self._whole = self._mailbox.memory.take(header.total) if header.length < header.total else None
             return
         if (slot, header.total, header.chunk) != (self._slot, self._total, self._chunk):
             raise PacketError(f"chunk {header.chunk} of {slot} where chunk {self._chunk} of {self._slot} is due")

@@ -6,6 +6,7 @@ import threading
 
 from gradcomp.errors import PacketError, TransportError, TransportTimeout
 from gradcomp.interfaces import Incoming, Slot, Transport
+from gradcomp.memory import Memory
 
 __all__ = ["Mailbox", "Received", "check_address"]
 
@@ -52,11 +53,13 @@ class Mailbox:
         rank, timeout_s: the transport's.
         arrival: notified whenever a claimed message is here or lost.
         max_unclaimed_bytes: most a peer may send before it is asked for; None: no limit.
+        memory: for messages that come in parts.
     """
 
     def __init__(self, rank: int, timeout_s: float) -> None:
         self.arrival = threading.Condition()
         self.max_unclaimed_bytes: int | None = None
+        self.memory = Memory()
         self.rank = rank
         self.timeout_s = timeout_s
         self._claimed: dict[tuple[int, Slot], Received] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradcomp import kernels
 from gradcomp.compressors import flat_gradient
-from gradcomp.interfaces import Compressor, LinearCompressor, State
+from gradcomp.interfaces import Commit, Compressor, LinearCompressor, State
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
 __all__ = ["BFloat16", "Float16", "NoCompression"]
@@ -48,6 +48,11 @@ class NoCompression(_Cast, LinearCompressor):
     id: ClassVar[str] = "none"
     dtype: ClassVar[torch.dtype] = torch.float32
     kind: ClassVar[Kind] = Kind.DENSE_F32
+
+    def prepare(self, grad: Tensor, state: State) -> tuple[Packet, Commit]:
+        flat = flat_gradient(grad)
+        # Nobody writes there any more: it can be sent from where it lies.
+        return (Packet.dense(flat) if flat.dtype == self.dtype else self.encode(flat)), lambda: None
 
     def rounds(self, grad: Tensor, state: State | None = None) -> Generator[Tensor, Tensor, tuple[Packet, Packet]]:
         total = yield flat_gradient(grad).to(torch.float32)
