@@ -25,6 +25,7 @@ __all__ = ["add_signs", "add_values", "decode"]
 # makes running sums of them first.
 _MANY = 4096
 _STRIDE: tl.constexpr = tl.constexpr(1024)  # how many of them at a time
+_MAP_WARPS = 8  # with 4 a thread needs 160 registers, and too few fit a processor to hide how far memory is
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _sum_before(totals, stop, scanned: tl.constexpr):
 
 @triton.jit
 def _bit(payload, at, mask):
-    """Bit ``at`` of the payload as int32; 0 where the mask is."""
+    """Bit ``at`` of the payload, as int32; 0 where the mask is."""
     byte = tl.load(payload + (at >> 3), mask=mask, other=0).to(tl.int32)
     return (byte >> (at & 7).to(tl.int32)) & 1
 
@@ -109,8 +110,7 @@ def _take_rice(
 ):
     chunk = tl.program_id(0)
     bit = chunk.to(tl.int64) * block + tl.arange(0, block)
-    at = bit + 8 * fields_nbytes
-    ends = _bit(payload, at, (at >> 3) < nbytes)
+    ends = _bit(payload + fields_nbytes, bit, (bit >> 3) < nbytes - fields_nbytes)
     first = _sum_before(totals, chunk, scanned)
     element = first + tl.cumsum(ends, axis=0) - 1
     field = fields_of(payload, nbytes, element, ends != 0, width, touched)
@@ -145,7 +145,7 @@ def _take_map(
     at = chunk.to(tl.int64) * block + tl.arange(0, block)
     named = _bit(payload, at, at < numel)
     rank = _sum_before(totals, chunk, scanned) + tl.cumsum(named, axis=0) - 1
-    negative = _bit(payload, rank + 8 * signs_at, named != 0) if signed else tl.zeros_like(named)
+    negative = _bit(payload + signs_at, rank, named != 0) if signed else tl.zeros_like(named)
     if sink == "list":
         _put(sink, out, values, plus, minus, rank, at, negative, named != 0)
     else:  # All of them, in whole vectors: of eight elements beside each other one or more is named, as a rule.
@@ -210,4 +210,6 @@ def _take(coded: CodedSet, sink: str, out: Tensor, values: Tensor, plus: float, 
         _take_rice[(chunks,)](payload, totals, *target, *sizes, signed, coded.touched, scanned, sink, block, **EXACT)
     else:
         sizes_of_map = coded.numel, coded.map_nbytes
-        _take_map[(chunks,)](payload, totals, *target, *sizes_of_map, signed, scanned, sink, block, **EXACT)
+        _take_map[(chunks,)](
+            payload, totals, *target, *sizes_of_map, signed, scanned, sink, block, num_warps=_MAP_WARPS, **EXACT
+        )
