@@ -18,7 +18,7 @@ from gradcomp import indices, kernels
 from gradcomp.errors import PacketError
 from gradcomp.indices import Coding
 from gradcomp.interfaces import Buffer
-from gradcomp.kernels import native
+from gradcomp.kernels import native, triton
 from gradcomp.kinds import MAX_BLOCK, Kind, check, name_of
 from gradcomp.lanes import to_device, to_host
 
@@ -172,7 +172,9 @@ class Packet:
     @property
     def needs_index_set(self) -> bool:
         """Whether SIGNS or VALUES are added by way of :attr:`index_set`: where no kernel reads the payload itself."""
-        return not (native.takes(self.payload) or (self.kind == Kind.SIGNS and self.coding is Coding.MAP))
+        if native.takes(self.payload) or triton.takes(self.payload):
+            return False
+        return not (self.kind == Kind.SIGNS and self.coding is Coding.MAP)
 
     def add_signs(self, out: Tensor, magnitude: float) -> None:
         """``out`` plus ``magnitude`` where this SIGNS packet says +, minus it where it says -; the rest stays as it is.
@@ -184,14 +186,14 @@ class Packet:
             PacketError: the payload does not hold a signed set; ``out`` is then unchanged.
         """
         index_set = self.index_set if self.needs_index_set else None
-        kernels.add_signs(out, self.payload, self.count, self.coding, magnitude, index_set)
+        kernels.add_signs(out, self.payload, self.count, self.coding, magnitude, index_set, checked=self._checked)
 
     def add_values(self, out: Tensor, scale: float) -> None:
         """``out`` plus ``scale`` times the values of this VALUES packet; as :meth:`add_signs`."""
         values = self.payload[: 4 * self.count].view(torch.float32)
         coded = self.payload[4 * self.count :]
         index_set = self.index_set if self.needs_index_set else None
-        kernels.add_values(out, coded, self.count, self.coding, values, scale, index_set)
+        kernels.add_values(out, coded, self.count, self.coding, values, scale, index_set, checked=self._checked)
 
     @classmethod
     def sum_sets(cls, packets: Sequence[Packet], out: Tensor, scale: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gradcomp.errors import PacketError
-from gradcomp.kernels import native
+from gradcomp.kernels import native, triton
 from gradcomp.kernels import reference_indices as reference
 from gradcomp.kernels.reference_indices import CodedPacket, Coding
 
@@ -29,6 +29,10 @@ def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: b
         if isinstance(found, str):
             raise PacketError(f"index set: {found}")
         return found
+    if triton.takes(payload):
+        from gradcomp.kernels import triton_indices_decode
+
+        return triton_indices_decode.decode(payload, count, numel, coding, signed=signed)
     return reference.decode(payload, count, numel, coding, signed=signed)
 
 
@@ -36,6 +40,10 @@ def check(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bo
     """:func:`gradcomp.indices.check`."""
     if native.takes(payload):
         _refuse(native.module.check_indices(payload, count, numel, coding, signed))
+    elif triton.takes(payload):
+        from gradcomp.kernels import triton_indices_check
+
+        triton_indices_check.check(payload, count, numel, coding, signed=signed)
     else:
         reference.check(payload, count, numel, coding, signed=signed)
 
@@ -48,11 +56,21 @@ def add_signs(
     magnitude: float,
     index_set: tuple[Tensor, Tensor] | None = None,
     threads: int | None = None,
+    *,
+    checked: bool = False,
 ) -> None:
-    """:func:`gradcomp.kernels.reference.add_signs`; the native kernel reads the payload, and no index set."""
+    """:func:`gradcomp.kernels.reference.add_signs`; the native and Triton kernels read the payload, and no index set.
+
+    Args:
+        checked: whether :func:`check` was called. On CUDA nothing then waits for the device.
+    """
     if native.takes(out):
         most = native.thread_count(threads)
         _refuse(native.module.add_signs(out, payload, count, coding, magnitude, threads=most))
+    elif triton.takes(out):
+        from gradcomp.kernels import triton_indices_decode
+
+        triton_indices_decode.add_signs(out, payload, count, coding, magnitude, checked=checked)
     else:
         reference.add_signs(out, payload, count, coding, magnitude, index_set)
 
@@ -66,11 +84,20 @@ def add_values(
     scale: float,
     index_set: tuple[Tensor, Tensor] | None = None,
     threads: int | None = None,
+    *,
+    checked: bool = False,
 ) -> None:
-    """:func:`gradcomp.kernels.reference.add_values`; the native kernel reads the payload, and no index set."""
+    """:func:`gradcomp.kernels.reference.add_values`; the native and Triton kernels read the payload, and no index set.
+
+    ``checked`` as in :func:`add_signs`.
+    """
     if native.takes(out):
         most = native.thread_count(threads)
         _refuse(native.module.add_values(out, payload, count, coding, values, scale, threads=most))
+    elif triton.takes(out):
+        from gradcomp.kernels import triton_indices_decode
+
+        triton_indices_decode.add_values(out, payload, count, coding, values, scale, checked=checked)
     else:
         reference.add_values(out, payload, count, coding, values, scale, index_set)
 

@@ -19,10 +19,13 @@ __all__ = [
     "add_signs",
     "add_values",
     "check",
+    "check_size",
     "choose",
     "decode",
     "encode",
     "max_coded_nbytes",
+    "rice_bits",
+    "rice_fields_nbytes",
     "sum_sets",
 ]
 
@@ -51,8 +54,8 @@ def max_coded_nbytes(count: int, numel: int, coding: Coding, *, signed: bool) ->
     if coding is Coding.GAPS:
         return 2 * count
     if coding is Coding.RICE:
-        most_zeros = (numel - count) >> _rice_bits(count, numel)
-        return _rice_fields_nbytes(count, numel, signed) + -(-(count + most_zeros) // 8) if count else 0
+        most_zeros = (numel - count) >> rice_bits(count, numel)
+        return rice_fields_nbytes(count, numel, signed) + -(-(count + most_zeros) // 8) if count else 0
     if coding is Coding.MAP:
         return -(-numel // 8) + (-(-count // 8) if signed else 0)
     raise ValueError(f"coding must be WORDS, GAPS, MAP or RICE; got {coding!r}")
@@ -96,7 +99,7 @@ def encode(index: Tensor, negative: Tensor | None, numel: int, coding: Coding) -
 
 def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool) -> tuple[Tensor, Tensor]:
     """:func:`gradcomp.indices.decode`, on any device."""
-    _check_size(payload, count, numel, coding, signed)
+    check_size(payload, count, numel, coding, signed)
     if coding is Coding.WORDS:
         return _decode_words(payload, numel, signed)
     if coding is Coding.GAPS:
@@ -115,7 +118,7 @@ def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: b
 def check(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool) -> None:
     """:func:`gradcomp.indices.check`, on any device."""
     if coding is Coding.MAP:  # without its indices, which may be many
-        _check_size(payload, count, numel, coding, signed)
+        check_size(payload, count, numel, coding, signed)
         _check_map(payload, count, numel, signed)
     else:
         decode(payload, count, numel, coding, signed=signed)
@@ -187,12 +190,13 @@ def sum_sets(out: Tensor, packets: Sequence[CodedPacket], scale: float) -> None:
             add_values(out, payload[4 * count :], count, coding, values, scale)
 
 
-def _check_size(payload: Tensor, count: int, numel: int, coding: Coding, signed: bool) -> None:
+def check_size(payload: Tensor, count: int, numel: int, coding: Coding, signed: bool) -> None:
+    """Raise PacketError unless a payload of so many bytes can hold such a set."""
     fits = 0 <= count <= numel <= _MAX_NUMEL[coding]
     if fits:
         least = most = max_coded_nbytes(count, numel, coding, signed=signed)
         if coding is Coding.RICE:
-            least = _rice_fields_nbytes(count, numel, signed) + -(-count // 8)
+            least = rice_fields_nbytes(count, numel, signed) + -(-count // 8)
         fits = least <= payload.numel() <= most
     if not fits:
         raise PacketError(f"index set: {payload.numel()} bytes do not fit {count} of {numel} elements as {coding.name}")
@@ -256,20 +260,21 @@ def _decode_gaps(payload: Tensor, numel: int, signed: bool) -> tuple[Tensor, Ten
     return position, negative
 
 
-def _rice_bits(count: int, numel: int) -> int:
+def rice_bits(count: int, numel: int) -> int:
     """How many low bits of a gap are written as they are: the worst case is then smallest, the average nearly so."""
     return max(((numel - count) // count).bit_length() - 1, 0) if count else 0
 
 
-def _rice_fields_nbytes(count: int, numel: int, signed: bool) -> int:
-    return -(-count * (_rice_bits(count, numel) + signed) // 8)
+def rice_fields_nbytes(count: int, numel: int, signed: bool) -> int:
+    """How many bytes of RICE come before the bits that end elements."""
+    return -(-count * (rice_bits(count, numel) + signed) // 8)
 
 
 def _encode_rice(index: Tensor, negative: Tensor | None, numel: int) -> Tensor:
     count = len(index)
     if not count:
         return index.new_empty(0, dtype=torch.uint8)
-    low_bits = _rice_bits(count, numel)
+    low_bits = rice_bits(count, numel)
     gap = index.diff(prepend=index.new_full((1,), -1)) - 1
     fields = gap & ((1 << low_bits) - 1)
     width = low_bits
@@ -286,7 +291,7 @@ def _encode_rice(index: Tensor, negative: Tensor | None, numel: int) -> Tensor:
 
 
 def _decode_rice(payload: Tensor, count: int, numel: int, signed: bool) -> tuple[Tensor, Tensor]:
-    low_bits, fields_nbytes = _rice_bits(count, numel), _rice_fields_nbytes(count, numel, signed)
+    low_bits, fields_nbytes = rice_bits(count, numel), rice_fields_nbytes(count, numel, signed)
     unary = payload[fields_nbytes:]
     ends = unpack_bits(unary, 8 * len(unary)).nonzero().view(-1)
     if len(ends) != count or (count and not int(unary[-1])):
