@@ -13,11 +13,10 @@ from triton_device import DEVICE
 from gradcomp.kernels import reference, triton_select
 
 Found = tuple[Tensor, int] | float
-Encode = Callable[[Tensor, Tensor | None, Tensor | None], Found]
-
 BLOCK = 4096
-SIZES = [0, 1, 31, 32, 33, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77]
 FLOAT32_MAX = torch.finfo(torch.float32).max
+TINY = [1e-45, -1e-45, 1e-40, -1e-40, 1.1754942e-38, 0.0, -0.0, FLOAT32_MAX, -FLOAT32_MAX]
+EVERYWHERE = ("nowhere", "residual", "grad")
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -41,12 +40,12 @@ def check(
     grad: Tensor,
     residual: Tensor | None,
     *options: float,
-    places: tuple[str, ...] = ("nowhere", "residual", "grad"),
+    places: tuple[str, ...] = EVERYWHERE,
 ) -> None:
     """Compare the payloads and both inputs; what is left goes nowhere, or to either of them."""
     grad, residual = grad.to(DEVICE), None if residual is None else residual.to(DEVICE)
     for where in places:
-        if where != "nowhere" and residual is None or where == "grad" and grad.dtype != torch.float32:
+        if (where != "nowhere" and residual is None) or (where == "grad" and grad.dtype != torch.float32):
             continue
         results = []
         for encode in (ours, theirs):
@@ -63,27 +62,129 @@ def check(
             assert torch.equal(bits(g), bits(g2))
 
 
-def check_signs(grad: Tensor, residual: Tensor | None, tau: float) -> None:
-    check(triton_select.encode_signs, reference.encode_signs, grad, residual, tau)
+def check_signs(grad: Tensor, residual: Tensor | None, tau: float, places: tuple[str, ...] = EVERYWHERE) -> None:
+    check(triton_select.encode_signs, reference.encode_signs, grad, residual, tau, places=places)
 
 
-def check_largest(grad: Tensor, residual: Tensor | None, k: int) -> None:
-    check(triton_select.encode_largest, reference.encode_largest, grad, residual, k)
+def check_largest(grad: Tensor, residual: Tensor | None, k: int, places: tuple[str, ...] = ("residual",)) -> None:
+    places = places if residual is not None else ("nowhere",)
+    check(triton_select.encode_largest, reference.encode_largest, grad, residual, k, places=places)
 
 
 def normal(numel: int, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize("tau", [0.0, 0.5, 2.0, 100.0])
-def test_signs(numel: int, tau: float) -> None:
-    check_signs(normal(numel), None, tau)
-    check_signs(normal(numel), normal(numel, 1), tau)
+@pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77])
+def test_signs_of_all_densities(numel: int) -> None:
+    """All pass, half of them, few, none: a MAP, a list, an empty one."""
+    check_signs(normal(numel), None, 0.9)
+    for tau in (0.0, 2.5, 100.0):
+        check_signs(normal(numel), normal(numel, 1), tau, ("residual",))
 
 
-@pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize("k", [1, 3, 64, 2000, 10**6])
+def test_signs_of_few_among_many() -> None:
+    """Several blocks of a list, with words and units of 16 bits as well as Rice's."""
+    numel = 9 * BLOCK + 5
+    check_signs(normal(numel), normal(numel, 1), 2.2, ("grad",))
+    for at in ([0], [numel - 1], [5, 6], range(31, numel, 4000)):
+        grad = torch.zeros(numel)
+        grad[[*at]] = -1.0
+        check_signs(grad, None, 0.5)
+    check_signs(normal(60), None, 1.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    grad, residual = normal(500).to(dtype), normal(500, 1)
+    check_signs(grad, residual, 1.0)
+    check_signs(grad, None, 1.0)
+    check_largest(grad, residual, 20)
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-45, 1.2e-38, 1e-3, FLOAT32_MAX])
+def test_denormals_zeros_and_the_largest(tau: float) -> None:
+    tiny = torch.tensor([*TINY, tau, -tau])
+    check_signs(tiny.repeat(9), tiny.flip(0).repeat(9).mul(0.25), tau, ("residual",))
+    check_signs(tiny.repeat(9), None, tau)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "value"),
+    [
+        ([math.nan], [0.0], math.nan),
+        ([math.inf], [1.0], math.inf),
+        ([1.0], [-math.inf], -math.inf),
+        ([math.inf, -math.inf], [0.0, 0.0], math.nan),
+        ([-math.inf], [math.inf], math.nan),
+        ([FLOAT32_MAX], [FLOAT32_MAX], math.inf),
+        ([-FLOAT32_MAX, 1.0], [-1e38, 1.0], -math.inf),
+        ([FLOAT32_MAX, math.nan], [FLOAT32_MAX, 1.0], math.nan),
+    ],
+)
+def test_nonfinite(first: list[float], second: list[float], value: float) -> None:
+    """The residual stays as it is, and what is returned says what was found."""
+    grad, residual = normal(150), normal(150, 1)
+    grad[60 : 60 + len(first)] = torch.tensor(first)
+    residual[60 : 60 + len(second)] = torch.tensor(second)
+    check_signs(grad, residual, 1.0)
+    check_largest(grad, residual, 9, ("residual", "grad"))
+    found = triton_select.encode_signs(grad.to(DEVICE), residual.to(DEVICE), 0.0)
+    assert_same(found, value)
+
+
+def test_large_but_finite() -> None:
+    """A gradient that could overflow, but does not: the residual is changed after all."""
+    grad, residual = normal(BLOCK + 100), normal(BLOCK + 100, 1)
+    grad[77] = -FLOAT32_MAX
+    check_signs(grad, residual, 1.0, ("residual",))
+    check_largest(grad, residual, 50)
+
+
+@pytest.mark.parametrize(("numel", "k"), [(0, 1), (1, 3), (33, 1), (100, 64), (100, 10**6), (BLOCK + 1, 30)])
 def test_largest(numel: int, k: int) -> None:
     check_largest(normal(numel), None, k)
-    check_largest(normal(numel), normal(numel, 1), k)
+    check_largest(normal(numel), normal(numel, 1), k, ("residual", "grad"))
+
+
+def test_equal_magnitudes_go_by_index() -> None:
+    grad = torch.ones(2500)
+    grad[::2] = -1.0
+    for k in (1, 1500):
+        check_largest(grad, torch.zeros(2500), k)
+    grad[::3] = 2.0
+    check_largest(grad, None, 1200)
+    check_largest(torch.zeros(100), None, 5)
+    check_largest(torch.tensor(TINY).repeat(20), torch.tensor(TINY).repeat(20).mul(0.25), 33)
+
+
+def test_largest_where_the_sample_misleads() -> None:
+    """At a stride of 3 it sees 0 only, or the few large elements only: fewer pass than are wanted."""
+    grad = torch.zeros(1 << 17)
+    grad[1000:1300] = normal(300)
+    grad[::3] = 0.0
+    check_largest(grad, normal(len(grad), 1) * 1e-3, 150)
+    grad = torch.full((1 << 17,), 1e-3)
+    grad[: 3 * 100 : 3] = 2.0
+    check_largest(grad, torch.zeros_like(grad), 101, ("grad",))
+
+
+@pytest.mark.parametrize(("tau", "most", "k"), [(1.0, 10**6, 10**6), (1.0, 50, 30), (0.5, 1, 1), (9.0, 5, 5)])
+def test_above_a_threshold(tau: float, most: int, k: int) -> None:
+    encode = triton_select.encode_above, reference.encode_above
+    check(*encode, normal(2000), normal(2000, 1), tau, most, k)
+
+
+def test_more_above_a_threshold_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_select, "_LEAST_ROOM", 0)
+    encode = triton_select.encode_above, reference.encode_above
+    check(*encode, normal(2000), normal(2000, 1), 0.1, 100, 90)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 1000, 140_000])
+def test_sample_largest(numel: int) -> None:
+    grad, residual = normal(numel).to(DEVICE), normal(numel, 1).to(DEVICE)
+    for held, weight in ((None, 1.0), (residual, 0.7)):
+        for values in (grad, grad.to(torch.bfloat16)):
+            ours = triton_select.sample_largest(values, held, 0.01, weight)
+            assert torch.equal(ours, reference.sample_largest(values, held, 0.01, weight))

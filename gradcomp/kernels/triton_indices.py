@@ -111,7 +111,7 @@ def choose_coding(count, numel, signed: tl.constexpr):
     return tl.where(dense, _MAP, coding), low_bits, tl.where(dense, map_nbytes, nbytes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "numel"])
 def _scan(counts, status, blocks, numel, choose: tl.constexpr, block: tl.constexpr):
     """Make of every count the sum of those before it; with ``choose`` all that is counted is sent, with signs."""
     lane = tl.arange(0, block)
@@ -138,9 +138,10 @@ def _or_bits(out, at, bits, inside):
     tl.atomic_or(out + (at >> 5) + 1, (moved >> 32).to(tl.int32), mask=inside & ((moved >> 32) != 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "capacity"])
 def _spread(
-    mask, negative, counts, marks, out, status, numel, capacity, signed: tl.constexpr, per: tl.constexpr, block: tl.constexpr
+    mask, negative, counts, marks, out, status, numel, capacity,
+    signed: tl.constexpr, per: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """List the ones of the planes; signed ones that become a MAP are written to ``out`` at once."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -194,18 +195,15 @@ def _sum_gaps(marks, sums, status, block: tl.constexpr):
         tl.store(sums + tl.program_id(0), tl.sum(gap >> tl.load(status + LOW_BITS), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def _write(marks, sums, out, status, numel, signed: tl.constexpr, with_values: tl.constexpr, block: tl.constexpr):
     """Write what is listed, after four bytes for each of its elements if ``with_values``."""
     first = tl.program_id(0).to(tl.int64) * block
     at = first + tl.arange(0, block)
     count = tl.load(status + COUNT)
     coding = tl.load(status + CODING)
-    if signed:
-        listed = coding != _MAP
-    else:
-        listed = coding != 0
-    if (first < count) & listed:
+    written = (coding == _MAP) & signed  # by _spread
+    if (first < count) & (not written):
         low_bits = tl.load(status + LOW_BITS)
         inside = at < count
         mark, gap = _gaps(marks, at, count)

@@ -1,8 +1,8 @@
 """The k largest of what passed a threshold, in Triton: exact, of equal magnitudes those with the lowest index.
 
-The magnitude of the k-th largest, as an integer, is found in two rounds: its upper 15 bits from a histogram of theirs, its
-lower 16 from one of those that share them. What is larger is kept, and as many of its equals as are still wanted. Nothing
-waits, and nothing is sorted.
+The magnitude of the k-th largest, as an integer, is found in two rounds: its upper 15 bits from a histogram of them,
+its lower 16 from one of those that share these. What is larger is kept, and as many of its equals as are still wanted.
+Nothing waits, and nothing is sorted.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = ["keep_largest"]
 _UPPER: tl.constexpr = tl.constexpr(1 << 15)  # bins
 _LOWER: tl.constexpr = tl.constexpr(1 << 16)
 _BLOCK = 1024
+_PICK_WARPS = 32  # one program reads a whole histogram into its registers
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _is_payload(status, least, room):
     return (tl.load(status + FLAGS) == 0) & (passed >= least) & (passed <= room)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "least", "room"])
 def _gather(
     grad, residual, marks, values, histogram, status, most, least, room, has_residual: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
@@ -77,7 +78,7 @@ def _pick(histogram, wanted, rows: tl.constexpr):
     return found * 256 + bin, wanted - behind
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted", "most"])
 def _pick_upper(histogram, status, wanted, most, bins: tl.constexpr):
     if tl.load(status + PASSED) > most:
         upper, rest = _pick(histogram, tl.zeros((), tl.int64) + wanted, bins // 256)
@@ -85,7 +86,7 @@ def _pick_upper(histogram, status, wanted, most, bins: tl.constexpr):
         tl.store(status + TIES, rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "least", "room"])
 def _count_lower(values, histogram, status, most, least, room, block: tl.constexpr):
     passed = tl.load(status + PASSED)
     if (passed > most) & _is_payload(status, least, room):
@@ -95,7 +96,7 @@ def _count_lower(values, histogram, status, most, least, room, block: tl.constex
         tl.atomic_add(histogram + (magnitude & 0xFFFF), 1, mask=near & (at < passed), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "most", "wanted", "least", "room"])
 def _settle(histogram, status, numel, most, wanted, least, room, bins: tl.constexpr):
     """What is sent, and how."""
     passed = tl.load(status + PASSED)
@@ -174,8 +175,8 @@ def keep_largest(
     larger, ties = torch.empty((2, launch[0]), dtype=torch.int64, device=device)
     _gather[launch](grad, held, marks, values, upper, status, most, least, room, residual is not None, _BLOCK, **EXACT)
     if most < room:  # else all is kept
-        _pick_upper[(1,)](upper, status, k, most, _UPPER)
+        _pick_upper[(1,)](upper, status, k, most, _UPPER, num_warps=_PICK_WARPS)
         _count_lower[launch](values, lower, status, most, least, room, _BLOCK)
-    _settle[(1,)](lower, status, numel, most, k, least, room, _LOWER)
+    _settle[(1,)](lower, status, numel, most, k, least, room, _LOWER, num_warps=_PICK_WARPS)
     _count_kept[launch](values, larger, ties, status, _BLOCK)
     _keep[launch](marks, values, larger, ties, kept, out, target, status, left is not None, _BLOCK)

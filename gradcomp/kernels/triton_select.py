@@ -5,9 +5,10 @@ many pass, whether anything is not finite, how the set is coded; nothing waits b
 many as may be sent, or for the exact largest some times that; where more pass than that, or too few, the host, which
 sees it at the end, tries again with what is then known.
 
-In passes of ``r.add_(g)``: the sweep 1; 0.3 more where the residual is changed in place. It must be left alone if acc is
-not finite anywhere, and that is known only after all of it was seen. But a gradient that is small everywhere cannot make
-a sum overflow, so that one look at the gradient alone decides; only if that fails is there another sweep to write.
+By what they move, in passes of ``r.add_(g)``: the sweep 1; 0.3 more where the residual is changed in place. It must be
+left alone if acc is not finite anywhere, and that is known only after all of it was seen. But a gradient that is small
+everywhere cannot make a sum overflow, so that one look at the gradient alone decides; only if that fails is there
+another sweep to write.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ _SAMPLE_BLOCK = 1024
 _LEAST_ROOM = 1 << 16  # in lists of what may be sent
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def _find_largest(grad, status, numel, block: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    value = tl.load(grad + at, mask=at < numel, other=0.0).to(tl.float32)
-    most = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    first = tl.program_id(0).to(tl.int64) * block
+    at = first + tl.arange(0, block)
+    if first + block <= numel:  # noqa: SIM108 (unmasked loads are wider)
+        value = tl.load(grad + at)
+    else:
+        value = tl.load(grad + at, mask=at < numel, other=0.0)
+    most = tl.max(value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     tl.atomic_max(status + LARGEST, most.to(tl.int64), sem="relaxed")
 
 
@@ -104,7 +109,7 @@ def _sweep_block(
             tl.atomic_or(status + FLAGS + 0 * at, kind, mask=kind > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def _sweep(
     grad, residual, left, mask, negative, counts, status, tau, numel,
     has_residual: tl.constexpr, leave: tl.constexpr, signs: tl.constexpr, words: tl.constexpr,
@@ -122,18 +127,19 @@ def _sweep(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "blocks"])
 def _leave(grad, residual, status, tau, numel, blocks, signs: tl.constexpr, words: tl.constexpr):
     """Write what is left over the residual, if the sweep did not dare to and all has turned out to be finite."""
     if (tl.load(status + FLAGS) == 0) & (tl.load(status + LARGEST) >= _HARMLESS):
-        for program in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            program = tl.zeros((), tl.int64) + number
             _sweep_block(
-                grad, residual, residual, status, status, status, status, tau, program.to(tl.int64), numel,
+                grad, residual, residual, status, status, status, status, tau, program, numel,
                 True, _IF_FINITE, signs, False, words,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "stride"])
 def _sample(grad, residual, out, length, stride, weight, has_residual: tl.constexpr, block: tl.constexpr):
     number = tl.program_id(0) * block + tl.arange(0, block)
     inside = number < length
