@@ -11,6 +11,10 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from gradcomp.kernels import reference, triton_select
+from gradcomp.kernels.triton_indices import COUNT
+
+# What overflows is meant to, but the interpreter's arithmetic is numpy's, and numpy warns.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 Found = tuple[Tensor, int] | float
 BLOCK = 4096
@@ -75,12 +79,11 @@ def normal(numel: int, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77])
+@pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77])
 def test_signs_of_all_densities(numel: int) -> None:
-    """All pass, half of them, few, none: a MAP, a list, an empty one."""
+    """All pass, a third of them, few: a MAP, a list."""
     check_signs(normal(numel), None, 0.9)
-    for tau in (0.0, 2.5, 100.0):
-        check_signs(normal(numel), normal(numel, 1), tau, ("residual",))
+    check_signs(normal(numel), normal(numel, 1), 0.0 if numel < 100 else 2.5, ("residual",))
 
 
 def test_signs_of_few_among_many() -> None:
@@ -92,12 +95,13 @@ def test_signs_of_few_among_many() -> None:
         grad[[*at]] = -1.0
         check_signs(grad, None, 0.5)
     check_signs(normal(60), None, 1.9)
+    check_signs(normal(60), None, 100.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     grad, residual = normal(500).to(dtype), normal(500, 1)
-    check_signs(grad, residual, 1.0)
+    check_signs(grad, residual, 1.0, ("residual",))
     check_signs(grad, None, 1.0)
     check_largest(grad, residual, 20)
 
@@ -127,10 +131,15 @@ def test_nonfinite(first: list[float], second: list[float], value: float) -> Non
     grad, residual = normal(150), normal(150, 1)
     grad[60 : 60 + len(first)] = torch.tensor(first)
     residual[60 : 60 + len(second)] = torch.tensor(second)
-    check_signs(grad, residual, 1.0)
-    check_largest(grad, residual, 9, ("residual", "grad"))
-    found = triton_select.encode_signs(grad.to(DEVICE), residual.to(DEVICE), 0.0)
-    assert_same(found, value)
+    check_signs(grad, residual, 1.0, ("residual",))
+    grad = grad.to(DEVICE)
+    assert_same(triton_select.encode_signs(grad, residual.to(DEVICE), 0.0, left=grad), value)
+
+
+def test_nonfinite_among_the_largest() -> None:
+    grad = normal(150)
+    grad[77] = -math.inf
+    check_largest(grad, normal(150, 1), 9, ("residual", "grad"))
 
 
 def test_large_but_finite() -> None:
@@ -144,7 +153,7 @@ def test_large_but_finite() -> None:
 @pytest.mark.parametrize(("numel", "k"), [(0, 1), (1, 3), (33, 1), (100, 64), (100, 10**6), (BLOCK + 1, 30)])
 def test_largest(numel: int, k: int) -> None:
     check_largest(normal(numel), None, k)
-    check_largest(normal(numel), normal(numel, 1), k, ("residual", "grad"))
+    check_largest(normal(numel), normal(numel, 1), k)
 
 
 def test_equal_magnitudes_go_by_index() -> None:
@@ -158,27 +167,24 @@ def test_equal_magnitudes_go_by_index() -> None:
     check_largest(torch.tensor(TINY).repeat(20), torch.tensor(TINY).repeat(20).mul(0.25), 33)
 
 
-def test_largest_where_the_sample_misleads() -> None:
-    """At a stride of 3 it sees 0 only, or the few large elements only: fewer pass than are wanted."""
-    grad = torch.zeros(1 << 17)
-    grad[1000:1300] = normal(300)
-    grad[::3] = 0.0
-    check_largest(grad, normal(len(grad), 1) * 1e-3, 150)
-    grad = torch.full((1 << 17,), 1e-3)
-    grad[: 3 * 100 : 3] = 2.0
-    check_largest(grad, torch.zeros_like(grad), 101, ("grad",))
+@pytest.mark.parametrize(("guess", "room"), [(9.0, 1 << 16), (2.0, 0), (0.0, 0)])
+def test_largest_where_the_sample_misleads(monkeypatch: pytest.MonkeyPatch, guess: float, room: int) -> None:
+    """None pass, not enough, or more than there is room for."""
+    monkeypatch.setattr(triton_select, "sample_largest", lambda *_: torch.tensor([guess], device=DEVICE))
+    monkeypatch.setattr(triton_select, "_LEAST_ROOM", room)
+    check_largest(normal(1000), normal(1000, 1), 200)
 
 
 @pytest.mark.parametrize(("tau", "most", "k"), [(1.0, 10**6, 10**6), (1.0, 50, 30), (0.5, 1, 1), (9.0, 5, 5)])
 def test_above_a_threshold(tau: float, most: int, k: int) -> None:
     encode = triton_select.encode_above, reference.encode_above
-    check(*encode, normal(2000), normal(2000, 1), tau, most, k)
+    check(*encode, normal(2000), normal(2000, 1), tau, most, k, places=("residual",))
 
 
 def test_more_above_a_threshold_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_select, "_LEAST_ROOM", 0)
     encode = triton_select.encode_above, reference.encode_above
-    check(*encode, normal(2000), normal(2000, 1), 0.1, 100, 90)
+    check(*encode, normal(2000), normal(2000, 1), 0.1, 100, 90, places=("residual",))
 
 
 @pytest.mark.parametrize("numel", [0, 1, 1000, 140_000])
@@ -188,3 +194,22 @@ def test_sample_largest(numel: int) -> None:
         for values in (grad, grad.to(torch.bfloat16)):
             ours = triton_select.sample_largest(values, held, 0.01, weight)
             assert torch.equal(ours, reference.sample_largest(values, held, 0.01, weight))
+
+
+@pytest.mark.gpu
+def test_nothing_waits() -> None:
+    """A CUDA graph captures all up to the reading of the status, and gives the same for what it is replayed on."""
+    grad, residual = normal(100_000).to(DEVICE), normal(100_000, 1).to(DEVICE)
+    expected = reference.encode_signs(2 * grad, residual, 3.0)
+    tau = torch.full((), 3.0, device=DEVICE)
+    triton_select.pad_signs(grad, residual, tau, None)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, status = triton_select.pad_signs(grad, residual, tau, None)
+    grad *= 2
+    graph.replay()
+    assert not isinstance(expected, float)
+    payload, count = expected
+    assert int(status[COUNT.value]) == count
+    assert torch.equal(out.view(torch.uint8)[: len(payload)], payload)

@@ -91,7 +91,7 @@ def _field_bytes(count, low_bits, signed: tl.constexpr):
 def choose_coding(count, numel, signed: tl.constexpr):
     """:func:`gradcomp.kernels.reference_indices.choose`, the low bits for RICE, and the bytes: with RICE the most."""
     bit = tl.arange(0, 64)
-    numel = tl.zeros((), tl.int64) + numel
+    numel = numel.to(tl.int64)
     mean = (numel - count) // tl.maximum(count, 1)
     low_bits = tl.sum((((mean >> bit) > 0) & (bit > 0)).to(tl.int64), axis=0)
     low_bits = tl.where(count > 0, low_bits, 0)

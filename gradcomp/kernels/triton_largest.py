@@ -81,7 +81,7 @@ def _pick(histogram, wanted, rows: tl.constexpr):
 @triton.jit(do_not_specialize=["wanted", "most"])
 def _pick_upper(histogram, status, wanted, most, bins: tl.constexpr):
     if tl.load(status + PASSED) > most:
-        upper, rest = _pick(histogram, tl.zeros((), tl.int64) + wanted, bins // 256)
+        upper, rest = _pick(histogram, wanted.to(tl.int64), bins // 256)
         tl.store(status + LEAST, upper.to(tl.int64) << 16)
         tl.store(status + TIES, rest)
 
@@ -105,7 +105,7 @@ def _settle(histogram, status, numel, most, wanted, least, room, bins: tl.conste
         lower, rest = _pick(histogram, tl.load(status + TIES), bins // 256)
         tl.store(status + LEAST, tl.load(status + LEAST) + lower)
         tl.store(status + TIES, rest)
-        count = tl.zeros((), tl.int64) + wanted
+        count = wanted.to(tl.int64)
     count = tl.where(_is_payload(status, least, room), count, 0)
     coding, low_bits, nbytes = choose_coding(count, numel, False)
     tl.store(status + COUNT, count)

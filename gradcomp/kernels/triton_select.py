@@ -284,9 +284,8 @@ def _encode_values(
         if left is not None:  # it is acc by now
             grad, residual = left, None
         if passed < least:
-            tau, least, halved = (
-                (torch.zeros_like(tau), 0, halved) if halved or passed <= least // 4 else (tau / 2, least, True)
-            )
+            near = passed > least // 4 and not halved
+            tau, least, halved = (tau / 2, least, True) if near else (torch.zeros_like(tau), 0, True)
         room = numel
 
 
