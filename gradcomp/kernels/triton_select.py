@@ -39,6 +39,8 @@ _ALWAYS: tl.constexpr = tl.constexpr(1)
 _IF_HARMLESS: tl.constexpr = tl.constexpr(2)
 _IF_FINITE: tl.constexpr = tl.constexpr(3)
 
+# Four warps: 32 elements a thread, eight wide loads of each input before the first is needed. To tune on a new device,
+# try COUNTED_WORDS and num_warps of the sweep; the rest hardly counts.
 _BLOCK = 32 * sets.COUNTED_WORDS
 _ONCE_MORE = 1024  # programs of the second sweep, which hardly ever has anything to do
 _SAMPLE_BLOCK = 1024
