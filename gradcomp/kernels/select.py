@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gradcomp.kernels import native, reference
+from gradcomp.kernels import native, reference, triton
 
 __all__ = [
     "encode_above",
@@ -22,6 +22,10 @@ def encode_signs(
     """:func:`gradcomp.kernels.reference.encode_signs`, from the fastest backend."""
     if native.takes(grad):
         return native.module.encode_signs(native.floats(grad), residual, tau, left, native.thread_count(threads))
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_select
+
+        return triton_select.encode_signs(grad.detach(), residual, tau, left=left)
     return reference.encode_signs(grad, residual, tau, left=left)
 
 
@@ -49,6 +53,10 @@ def encode_largest(
     """:func:`gradcomp.kernels.reference.encode_largest`, from the fastest backend."""
     if native.takes(grad):
         return native.module.encode_largest(native.floats(grad), residual, k, left, native.thread_count(threads))
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_select
+
+        return triton_select.encode_largest(grad.detach(), residual, k, left=left)
     return reference.encode_largest(grad, residual, k, left=left)
 
 
@@ -66,6 +74,10 @@ def encode_above(
     if native.takes(grad):
         flat, count = native.floats(grad), native.thread_count(threads)
         return native.module.encode_above(flat, residual, tau, most, k, left, count)
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_select
+
+        return triton_select.encode_above(grad.detach(), residual, tau, most, k, left=left)
     return reference.encode_above(grad, residual, tau, most, k, left=left)
 
 
@@ -74,6 +86,10 @@ def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight
     if native.takes(grad):
         stride, count = reference.sample_size(grad.numel(), density)
         return native.module.sample_largest(native.floats(grad), residual, stride, count, weight)
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_select
+
+        return triton_select.sample_largest(grad.detach(), residual, density, weight)
     return reference.sample_largest(grad, residual, density, weight)
 
 
