@@ -1,0 +1,136 @@
+"""The stochastic kernels in Triton give what the reference gives, bit for bit; so do their random numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_device import DEVICE
+
+from gradcomp.kernels import reference, reference_random, triton_random, triton_stochastic
+
+KEY, STEP = 0xFEDC_BA98_7654_3210, (1 << 63) + 12345
+FLOAT32_MAX = torch.finfo(torch.float32).max
+TILE = 4096
+
+# levels, norm, clip: 8, 2, 2, 4, 6 and 8 bits
+STOCHASTIC = [(127, "max", 0.0), (1, "max", 0.0), (1, "max", 2.5), (5, "l2", 0.0), (20, "max", 0.0), (100, "max", 0.1)]
+
+
+def normal(numel: int, seed: int = 0) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """The same bits, -0.0 told from 0.0; of floats NaN is NaN."""
+    if isinstance(expected, Tensor):
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    else:
+        assert type(found) is type(expected)
+        assert found == expected or (math.isnan(found) and math.isnan(expected))
+
+
+def check(name: str, grad: Tensor, residual: Tensor | None, *options: Any) -> Any:
+    """One of the encoders, with and without an update; the payload."""
+    expected, payload = None, None
+    for update in (False, True) if residual is not None else (False,):
+        wanted, after = (None if residual is None else residual.clone() for _ in range(2))
+        expected = getattr(reference, name)(grad, wanted, *options, KEY, STEP, update)
+        payload = getattr(triton_stochastic, name)(grad, after, *options, KEY, STEP, update)
+        assert_same(payload, expected)
+        if residual is not None:
+            assert_same(after, wanted)
+    return payload
+
+
+def check_all(grad: Tensor, residual: Tensor | None, block: int, options: list[tuple[int, str, float]]) -> None:
+    for levels, norm, clip in options:
+        check("encode_stochastic", grad, residual, levels, block, norm, clip)
+    payload = check("encode_powers", grad, residual, block)
+    if isinstance(payload, float):
+        return
+    nbytes = 4 * -(-grad.numel() // block)
+    scales, codes = payload[:nbytes].view(torch.float32), payload[nbytes:]
+    for scale, addend in ((1 / 3, None), (-1.0, grad)):
+        wanted, out = normal(grad.numel(), 5), normal(grad.numel(), 5)
+        reference.add_powers(wanted, scales, codes, block, scale, addend)
+        triton_stochastic.add_powers(out, scales, codes, block, scale, addend)
+        assert_same(out, wanted)
+
+
+@pytest.mark.parametrize("step", [0, (1 << 32) + 3, (1 << 64) - 1])
+@pytest.mark.parametrize("key", [1, KEY, (1 << 64) - 1])
+@pytest.mark.parametrize("start", [0, 5, (1 << 35) - 70])
+def test_random_numbers(start: int, key: int, step: int) -> None:
+    of_reference = reference_random.random_halves(key, step, start, 300, DEVICE)
+    assert_same(triton_random.random_halves(key, step, start, 300, DEVICE), of_reference)
+    for first in (start, (1 << 64) - 100 - start):
+        of_reference = reference_random.philox(key, step, first, 77, DEVICE)
+        assert_same(triton_random.philox(key, step, first, 77, DEVICE), of_reference)
+
+
+def test_no_random_numbers() -> None:
+    assert triton_random.random_halves(KEY, STEP, 3, 0, DEVICE).shape == (0,)
+    assert triton_random.philox(KEY, STEP, 3, 0, DEVICE).shape == (0, 4)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 7, 9, 64, 65, 1001])
+@pytest.mark.parametrize("block", [8, 24, 512, 1 << 30])
+def test_sizes(numel: int, block: int) -> None:
+    options = STOCHASTIC if numel in (9, 1001) else STOCHASTIC[1:4]
+    check_all(normal(numel), None, block, options)
+    check_all(normal(numel), normal(numel, 1), block, options)
+
+
+# Blocks that fill a tile, cross its edge, and take several; a last one that is not full.
+@pytest.mark.parametrize("block", [520, TILE, TILE + 8, 2 * TILE, 1 << 30])
+def test_blocks_and_tiles(block: int) -> None:
+    numel = 2 * TILE + 1003
+    check_all(normal(numel), normal(numel, 1), block, STOCHASTIC[:1] + STOCHASTIC[2:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [64, 1000])
+def test_half_precision(dtype: torch.dtype, block: int) -> None:
+    grad = normal(1003).to(dtype)
+    check_all(grad, None, block, STOCHASTIC[:4])
+    check_all(grad, normal(1003, 1), block, STOCHASTIC[:4])
+
+
+SPECIAL = torch.tensor(
+    [1e-45, -1e-45, 1e-40, -1e-40, 1.1754942e-38, 0.0, -0.0, FLOAT32_MAX, -FLOAT32_MAX, 1.0, -3.0, 1.8e38, 2.0, 2.5],
+    device=DEVICE,
+)
+
+
+@pytest.mark.parametrize("block", [8, 24])
+def test_denormals_zeros_and_the_largest(block: int) -> None:
+    check_all(SPECIAL.repeat(5), None, block, STOCHASTIC[:4])
+    check_all(SPECIAL.repeat(5), SPECIAL.flip(0).repeat(5) * 0.25, block, STOCHASTIC[:4])
+    for value in SPECIAL.tolist():
+        full = torch.full((50,), value, device=DEVICE)
+        check_all(full, torch.zeros(50, device=DEVICE), block, STOCHASTIC[:2])
+        check_all(full, -torch.zeros(50, device=DEVICE), block, STOCHASTIC[2:3])
+
+
+@pytest.mark.parametrize(
+    "bad", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf], [-math.inf, math.nan], [math.inf, math.inf]]
+)
+@pytest.mark.parametrize("position", [0, 197])
+def test_nonfinite_leaves_the_residual_alone(bad: list[float], position: int) -> None:
+    grad, residual = normal(200), normal(200, 1)
+    grad[position : position + len(bad)] = torch.tensor(bad)
+    for block in (8, 24, 1024):
+        check_all(grad, None, block, STOCHASTIC[1:4])
+        check_all(grad, residual, block, STOCHASTIC[1:4])
+
+
+def test_a_sum_that_overflows_leaves_the_residual_alone() -> None:
+    grad = normal(2 * TILE + 5)
+    grad[-1] = FLOAT32_MAX
+    check_all(grad, grad.clone(), 64, STOCHASTIC[1:4])
