@@ -11,15 +11,11 @@ from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
 from gradcomp.kernels.dense import add_scaled, all_finite, cast, clear
 from gradcomp.kernels.indices import add_signs, add_values
 from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
-from gradcomp.kernels.reference import (
-    largest_coefficients,
-    norms,
-    orthonormal,
-    sample_size,
-)
+from gradcomp.kernels.random import philox
+from gradcomp.kernels.reference import largest_coefficients, sample_size
 from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
 from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
-from gradcomp.kernels.transform import add_factors, add_spectrum
+from gradcomp.kernels.transform import add_factors, add_spectrum, combine, norms, orthonormal, project
 
 __all__ = [
     "add_bits",
@@ -35,6 +31,7 @@ __all__ = [
     "all_finite",
     "cast",
     "clear",
+    "combine",
     "encode_above",
     "encode_bits",
     "encode_float8",
@@ -51,6 +48,8 @@ __all__ = [
     "orthonormal",
     "pack_signs",
     "pack_votes",
+    "philox",
+    "project",
     "sample_largest",
     "sample_size",
 ]

@@ -5,6 +5,10 @@ The reference adds halves to halves: of ``size`` terms the last ``size // 2`` to
 taken or not. With one slot for every such choice, a power of two, each level is a sum of the slots' upper half and
 their lower one, in registers; slots without a term hold -0.0, which changes no sum. What does not fit is halved in
 memory first. One program does all that for a matrix: the rows of factors are short, and each needs those before it.
+
+:func:`project` and :func:`combine` are what makes factors of a matrix. They read it once each, and add in another order
+than torch.matmul, which has none of its own either: float32 sums of n products, off by at most n * 2**-24 of the sum of
+their magnitudes, and the same whenever the same device computes them again.
 """
 
 from __future__ import annotations
@@ -16,12 +20,18 @@ from torch import Tensor
 
 from gradcomp.kernels.triton import EXACT
 
-__all__ = ["add_factors", "norms", "orthonormal"]
+__all__ = ["MOST_RANK", "add_factors", "combine", "norms", "orthonormal", "project"]
+
+MOST_RANK = 8  # of project and combine, whose sums are held in registers
 
 _MOST_SLOTS = 4096  # held in the registers of one program
 _TILE = 4096
 _MOST_WIDTH = 512
+_SUMS = 8192  # in the registers of one program
+_PROGRAMS = 1024  # enough to keep a large GPU busy
 
+_INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
+_NAN: tl.constexpr = tl.constexpr(0x7FC00000)
 _DEPENDENT: tl.constexpr = tl.constexpr(2.0**-20)  # as in the reference
 
 
@@ -43,9 +53,8 @@ def _sum_halves(terms, size, slots: tl.constexpr, levels: tl.constexpr):
     there = place == 0
     for undone in tl.static_range(levels):
         # The lowest bit of a slot was the last to be chosen.
-        level: tl.constexpr = levels - undone
-        place += ((at >> undone) & 1) * ((size + (1 << level) - 1) >> level)
-        there &= place < ((size + (1 << (level - 1)) - 1) >> (level - 1))
+        place += ((at >> undone) & 1) * ((size + (1 << (levels - undone)) - 1) >> (levels - undone))
+        there &= place < ((size + (1 << (levels - undone - 1)) - 1) >> (levels - undone - 1))
     values = tl.load(terms + place, mask=there, other=0.0)
     nothing = (tl.full((slots,), 1, tl.int64) << 63).to(tl.float64, bitcast=True)  # -0.0: a literal one would be 0.0
     values = tl.where(there, values, nothing)
@@ -66,14 +75,14 @@ def _length(row, terms, size, slots: tl.constexpr, levels: tl.constexpr):
     return tl.sqrt(_sum_halves(terms, size, slots, levels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _norms(rows, terms, out, size, slots: tl.constexpr, levels: tl.constexpr):
     row = tl.program_id(0)
     first = row.to(tl.int64) * size
     tl.store(out + row, _length(rows + first, terms + first, size, slots, levels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _orthonormal(rows, out, wide, terms, rank, size, slots: tl.constexpr, levels: tl.constexpr):
     """``wide``: float64, a copy of ``rows``; ``terms``: room for as many float64 as a row has."""
     at = tl.arange(0, slots)
@@ -127,6 +136,62 @@ def _add_factors(
     tl.store(out + at, total + values * scale, mask=inside)
 
 
+@triton.jit
+def _matrix(grad, residual, row, column, rows, columns, has_residual: tl.constexpr):
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    acc = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    if has_residual:
+        acc = tl.load(residual + at, mask=inside, other=0.0) + acc
+    return acc
+
+
+@triton.jit
+def _factor(values, which, at, rank, size):
+    """[ranks, elements] of a factor [rank, size]."""
+    inside = (which < rank)[:, None] & (at < size)[None, :]
+    return tl.load(values + which[:, None] * size + at[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _project(
+    grad, residual, right, out, rows, columns, rank,
+    has_residual: tl.constexpr, ranks: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * height + tl.arange(0, height)
+    which = tl.arange(0, ranks)
+    sums = tl.zeros((height, ranks, width), tl.float32)
+    most = tl.zeros((height, width), tl.int32)
+    for start in range(0, columns, width):
+        column = start + tl.arange(0, width)
+        acc = _matrix(grad, residual, row, column, rows, columns, has_residual)
+        most = tl.maximum(most, acc.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        sums += acc[:, None, :] * _factor(right, which, column, rank, columns)[None, :, :]
+    total = tl.sum(sums, axis=2)
+    nan = tl.full((height, ranks), _NAN, tl.int32).to(tl.float32, bitcast=True)
+    total = tl.where((tl.max(most, axis=1) >= _INFINITY)[:, None], nan, total)
+    inside = (row < rows)[:, None] & (which < rank)[None, :]
+    tl.store(out + which[None, :] * rows + row[:, None], total, mask=inside)
+
+
+@triton.jit
+def _combine(
+    grad, residual, left, out, rows, columns, rank, across, rows_each,
+    has_residual: tl.constexpr, ranks: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    column = (tl.program_id(0) % across) * width + tl.arange(0, width)
+    part = tl.program_id(0) // across
+    which = tl.arange(0, ranks)
+    sums = tl.zeros((ranks, height, width), tl.float32)
+    for start in range(part * rows_each, tl.minimum((part + 1) * rows_each, rows), height):
+        row = start + tl.arange(0, height)
+        acc = _matrix(grad, residual, row, column, rows, columns, has_residual)
+        sums += _factor(left, which, row, rank, rows)[:, :, None] * acc[None, :, :]
+    inside = (which < rank)[:, None] & (column < columns)[None, :]
+    at = (part * rank + which).to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(out + at, tl.sum(sums, axis=1), mask=inside)
+
+
 def orthonormal(rows: Tensor) -> Tensor:
     """:func:`gradcomp.kernels.reference.orthonormal`, bit for bit; waits for nothing."""
     rows = rows.contiguous()
@@ -166,6 +231,44 @@ def add_factors(out: Tensor, left: Tensor, right: Tensor, scale: float, addend: 
         out, left.contiguous(), right.contiguous(), out if addend is None else addend, rows, columns, across, scale,
         addend is not None, rank, height, width, num_warps=8, **EXACT,
     )  # fmt: skip
+
+
+def project(grad: Tensor, residual: Tensor | None, right: Tensor) -> Tensor:
+    """:func:`gradcomp.kernels.project`, of rank :data:`MOST_RANK` at most; waits for nothing."""
+    rank, columns = right.shape
+    rows = grad.numel() // columns
+    out = torch.empty((rank, rows), dtype=torch.float32, device=grad.device)
+    ranks, height, width = _sides(rank, columns)
+    _project[(-(-rows // height),)](
+        grad, grad if residual is None else residual, right.contiguous(), out, rows, columns, rank,
+        residual is not None, ranks, height, width, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def combine(grad: Tensor, residual: Tensor | None, left: Tensor) -> Tensor:
+    """:func:`gradcomp.kernels.combine`, of rank :data:`MOST_RANK` at most; waits for nothing."""
+    rank, rows = left.shape
+    columns = grad.numel() // rows
+    ranks, height, width = _sides(rank, columns)
+    across = -(-columns // width)
+    parts = min(max(_PROGRAMS // across, 1), -(-rows // height))
+    rows_each = -(-rows // (parts * height)) * height
+    parts = -(-rows // rows_each)
+    out = torch.empty((parts, rank, columns), dtype=torch.float32, device=grad.device)
+    _combine[(parts * across,)](
+        grad, grad if residual is None else residual, left.contiguous(), out, rows, columns, rank, across, rows_each,
+        residual is not None, ranks, height, width, num_warps=8,
+    )  # fmt: skip
+    return out[0] if parts == 1 else out.sum(0)
+
+
+def _sides(rank: int, columns: int) -> tuple[int, int, int]:
+    """Ranks as a power of two, rows and columns of a tile."""
+    ranks = triton.next_power_of_2(rank)
+    size = min(_SUMS // ranks, _TILE)
+    width = min(triton.next_power_of_2(columns), _MOST_WIDTH)
+    return ranks, size // width, width
 
 
 def _slots(size: int) -> tuple[int, int, int]:

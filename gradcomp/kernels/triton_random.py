@@ -2,8 +2,8 @@
 
 ``tl.philox`` is that generator; what is ours is which counter an element has, and the order of its sixteen bits.
 
-A stream is int64 [2] on the device, the bits of key and step: read when a kernel runs, so that one which was captured in
-a graph draws fresh numbers once the step in it was counted up.
+A stream is int64 [2] on the device, the bits of key and step: read when a kernel runs, so that one which was captured
+in a graph draws fresh numbers once the step in it was counted up.
 """
 
 from __future__ import annotations

@@ -83,10 +83,7 @@ def _quantize(acc, scale, inverse, half, levels: tl.constexpr, bits: tl.constexp
         level = (tl.minimum(magnitude, levels * 1.0) + chance).to(tl.int32)
         signed = tl.where(acc < 0, -level, level)
         decoded = scale * signed.to(tl.float32)
-        if bits == 2:
-            code = tl.where(acc < 0, 2 * level, level)
-        else:
-            code = signed + ((1 << (bits - 1)) - 1)
+        code = tl.where(acc < 0, 2 * level, level) if bits == 2 else signed + ((1 << (bits - 1)) - 1)
     return code, decoded
 
 
