@@ -79,7 +79,8 @@ def philox(key: int, step: int, start: int, count: int, device: torch.device) ->
     """:func:`gradcomp.kernels.reference_random.philox`, bit for bit."""
     out = torch.empty((count, 4), dtype=torch.int64, device=device)
     if count:
-        stream = torch.tensor([_signed(key), _signed(step), _signed(start)], dtype=torch.int64).to(device)
+        words = torch.tensor([_signed(key), _signed(step), _signed(start)], dtype=torch.int64)
+        stream = words.to(device, non_blocking=True)
         _philox[grid(count, _COUNTERS)](stream, stream[2:], out, count, _COUNTERS)
     return out
 
