@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradcomp.hooks import after_gradient
-from gradcomp.kernels.reference_random import philox
+from gradcomp.kernels.random import philox
 
 __all__ = ["Handout", "Product", "Products", "is_product", "saves"]
 

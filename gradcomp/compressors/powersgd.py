@@ -34,7 +34,6 @@ import copy
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -46,14 +45,13 @@ from gradcomp.compressors import (
     add_dense,
     flat_gradient,
     float_accumulated,
-    is_finite,
     pack_factors,
     read_factors,
 )
 from gradcomp.errors import PacketError
 from gradcomp.interfaces import Compressor, LinearCompressor, State
+from gradcomp.kernels.random import philox
 from gradcomp.kernels.reference_chunks import nonfinite_value
-from gradcomp.kernels.reference_random import philox
 from gradcomp.options import check_integer
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
@@ -110,20 +108,12 @@ class PowerSGD(LinearCompressor):
             total = yield own
             value = nonfinite_value(total)
             return _both_nonfinite(value, flat) if value else (Packet.dense(own), Packet.dense(total))
-        matrices = [flat.to(torch.float32).view(rows, columns)]
-        if residual is not None:
-            matrices.append(residual.view(rows, columns))
         q = _draw(randomness.stream(None, self.seed), rank, columns, flat.device) if state is None else state["q"]
-        if is_finite(flat, residual):
-            # Not the sum's product: it would have to be written first.
-            p = reduce(torch.add, [matrix @ q.t() for matrix in matrices]).t().reshape(-1)
-        else:
-            p = torch.full((rank * rows,), math.nan, device=flat.device)
-        p = yield p
+        p = yield kernels.project(flat, residual, q).reshape(-1)
         if value := nonfinite_value(p):
             return _both_nonfinite(value, flat)
         basis = kernels.orthonormal(p.view(rank, rows))
-        own_q = reduce(torch.add, [basis @ matrix for matrix in matrices])
+        own_q = kernels.combine(flat, residual, basis)
         total_q = yield own_q.view(-1)
         if value := nonfinite_value(total_q):
             return _both_nonfinite(value, flat)

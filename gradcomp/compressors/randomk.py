@@ -32,8 +32,8 @@ from gradcomp import randomness
 from gradcomp.compressors import flat_gradient, float_accumulated, is_finite
 from gradcomp.errors import ConfigError
 from gradcomp.interfaces import LinearCompressor, State
+from gradcomp.kernels.random import philox
 from gradcomp.kernels.reference_chunks import nonfinite_value
-from gradcomp.kernels.reference_random import philox
 from gradcomp.options import check_flag, check_integer, check_number
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 

@@ -25,8 +25,11 @@ from gradcomp.kernels.select import (
     sample_largest,
     sample_threshold,
 )
+from gradcomp.kernels.random import philox
+from gradcomp.kernels.reference import largest_coefficients, sample_size
+from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
 from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
-from gradcomp.kernels.transform import add_factors, add_spectrum
+from gradcomp.kernels.transform import add_factors, add_spectrum, combine, norms, orthonormal, project
 
 __all__ = [
     "add_bits",
@@ -42,6 +45,7 @@ __all__ = [
     "all_finite",
     "cast",
     "clear",
+    "combine",
     "encode_above",
     "encode_bits",
     "encode_float8",
@@ -59,6 +63,8 @@ __all__ = [
     "orthonormal",
     "pack_signs",
     "pack_votes",
+    "philox",
+    "project",
     "sample_largest",
     "sample_size",
     "sample_threshold",

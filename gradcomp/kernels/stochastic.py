@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gradcomp.kernels import native, reference
+from gradcomp.kernels import native, reference, triton
 from gradcomp.kernels.reference_stochastic import stochastic_limit
 
 __all__ = ["add_powers", "encode_powers", "encode_stochastic"]
@@ -29,6 +29,10 @@ def encode_stochastic(
         return native.module.encode_stochastic(
             native.floats(grad), residual, levels, block, norm == "l2", clip, limit, key, step, update, workers
         )
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_stochastic
+
+        return triton_stochastic.encode_stochastic(grad, residual, levels, block, norm, clip, key, step, update)
     return reference.encode_stochastic(grad, residual, levels, block, norm, clip, key, step, update)
 
 
@@ -45,6 +49,10 @@ def encode_powers(
     if native.takes(grad):
         workers = native.thread_count(threads)
         return native.module.encode_powers(native.floats(grad), residual, block, key, step, update, workers)
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_stochastic
+
+        return triton_stochastic.encode_powers(grad, residual, block, key, step, update)
     return reference.encode_powers(grad, residual, block, key, step, update)
 
 
@@ -61,5 +69,9 @@ def add_powers(
     if native.takes(out):
         other = None if addend is None else native.floats(addend)
         native.module.add_powers(out, scales, codes, block, scale, other, native.thread_count(threads))
+    elif triton.takes(out):
+        from gradcomp.kernels import triton_stochastic
+
+        triton_stochastic.add_powers(out, scales, codes, block, scale, addend)
     else:
         reference.add_powers(out, scales, codes, block, scale, addend)

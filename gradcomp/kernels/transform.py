@@ -2,13 +2,70 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
+
+import torch
 from torch import Tensor
 
-from gradcomp.kernels import native, reference
+from gradcomp.kernels import native, reference, triton
 from gradcomp.kernels.reference_dct import basis
+from gradcomp.kernels.select import encode_signs
 from gradcomp.tiles import Tiling
 
-__all__ = ["add_factors", "add_spectrum"]
+__all__ = ["add_factors", "add_spectrum", "combine", "norms", "orthonormal", "project"]
+
+
+def project(grad: Tensor, residual: Tensor | None, right: Tensor) -> Tensor:
+    """``right @ M.T`` of the matrix ``M = grad + residual``, in no order that others must keep.
+
+    Args:
+        grad, residual: flat, m * n elements.
+        right: float32 [r, n].
+
+    Returns:
+        float32 [r, m]; NaN among them if M is not finite everywhere.
+    """
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_factors
+
+        if len(right) <= triton_factors.MOST_RANK:
+            return triton_factors.project(grad, residual, right)
+    columns = right.shape[1]
+    # Nothing finite passes the largest number there is: one reading of both, and nothing written.
+    if isinstance(encode_signs(grad, residual, torch.finfo(torch.float32).max), float):
+        return torch.full((len(right), grad.numel() // columns), math.nan, device=grad.device)
+    # Not the sum's product: it would have to be written first.
+    return reduce(torch.add, [part.view(-1, columns) @ right.t() for part in _parts(grad, residual)]).t()
+
+
+def combine(grad: Tensor, residual: Tensor | None, left: Tensor) -> Tensor:
+    """``left @ M``: float32 [r, n] of [r, m]; otherwise as :func:`project`, but M is finite."""
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_factors
+
+        if len(left) <= triton_factors.MOST_RANK:
+            return triton_factors.combine(grad, residual, left)
+    rows = left.shape[1]
+    return reduce(torch.add, [left @ part.view(rows, -1) for part in _parts(grad, residual)])
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """:func:`gradcomp.kernels.reference.orthonormal`, from the fastest backend."""
+    if triton.takes(rows):
+        from gradcomp.kernels import triton_factors
+
+        return triton_factors.orthonormal(rows)
+    return reference.orthonormal(rows)
+
+
+def norms(rows: Tensor) -> Tensor:
+    """:func:`gradcomp.kernels.reference.norms` of float32 [r, m], from the fastest backend."""
+    if triton.takes(rows):
+        from gradcomp.kernels import triton_factors
+
+        return triton_factors.norms(rows)
+    return reference.norms(rows)
 
 
 def add_factors(
@@ -20,6 +77,11 @@ def add_factors(
     threads: int | None = None,
 ) -> None:
     """:func:`gradcomp.kernels.reference.add_factors`, from the fastest backend."""
+    if triton.takes(out):
+        from gradcomp.kernels import triton_factors
+
+        triton_factors.add_factors(out, left, right, scale, addend)
+        return
     if not native.takes(out):
         reference.add_factors(out, left, right, scale, addend)
         return
@@ -61,3 +123,8 @@ def add_spectrum(
         None if addend is None else native.floats(addend),
         native.thread_count(threads),
     )
+
+
+def _parts(grad: Tensor, residual: Tensor | None) -> list[Tensor]:
+    values = grad.to(torch.float32)
+    return [values] if residual is None else [values, residual]
