@@ -1,4 +1,9 @@
-"""The exchange's own CUDA stream beside the training's, and host memory that copies to and from it fast."""
+"""The exchange's own CUDA stream beside the training's, and page-locked host memory, which its bytes pass through.
+
+Page-locked memory comes from torch's own allocator, which keeps what was freed for the next time: no more is ever
+locked than was in use at once, rounded up. A block is free once nobody holds it, a transport that sends from it
+included, and the copies to or from it that were queued are over.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["Lane", "to_device", "to_host"]
+__all__ = ["Lane", "joins", "page_locked", "to_device", "to_host"]
 
 
 class Lane:
@@ -53,16 +58,30 @@ class Lane:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
+def joins(device: torch.device) -> bool:
+    """Whether what moves between ``device`` and the host is best moved as one."""
+    return device.type == "cuda"
+
+
+def page_locked(data: memoryview) -> Tensor:
+    """A copy of ``data``, uint8, in host memory that CUDA copies from while the host goes on."""
+    host = torch.empty(len(data), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    memoryview(host.numpy())[:] = data
+    return host
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """``tensor`` on the CPU; from CUDA through page-locked memory, which is copied to at the full rate of the bus.
 
-    Waits for the current stream: the bytes must be there before they can be sent.
+    Waits for the copy, asleep, and for what the current stream was given before: bytes must be there to be sent.
     """
     if tensor.device.type != "cuda":
         return tensor.cpu()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(tensor.device))
+    copied.synchronize()
     return host
 
 
