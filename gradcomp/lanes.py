@@ -21,7 +21,9 @@ class Lane:
 
     Everything queued here begins by waiting for a :meth:`mark` of the training's stream, and that waits for all of it
     (:meth:`join`) before it uses the results. So memory that either of them frees is never written while the other
-    still reads it, although the allocator knows nothing of it.
+    still reads it, although the allocator knows nothing of it; nor memory that changes sides, as a gradient's that
+    becomes a residual. A mark covers the stream that is current when a bucket is complete: gradients that one backward
+    pass makes on several streams must be exchanged with ``when="step"``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,7 +68,7 @@ def joins(device: torch.device) -> bool:
 def page_locked(data: memoryview) -> Tensor:
     """A copy of ``data``, uint8, in host memory that CUDA copies from while the host goes on."""
     host = torch.empty(len(data), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    memoryview(host.numpy())[:] = data
+    host.numpy().data[:] = data
     return host
 
 

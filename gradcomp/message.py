@@ -99,7 +99,7 @@ class Message:
         data = data[start:]
         host = page_locked(data) if joins(device) else None
         if host is not None:
-            data = memoryview(host.numpy())
+            data = host.numpy().data
         packets: list[Packet | None] = []
         at = 0
         for piece, size in zip(pieces, sizes, strict=True):

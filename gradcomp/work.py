@@ -220,7 +220,7 @@ class BucketWork(Work):
         name = self._name(piece)
         state = self._store.get(name, piece, "gradient", grad)
         position = self.bucket.units[piece.unit].parameters[0]
-        ours = piece.unit in self._joined and self._device.type == "cpu"
+        ours = piece.unit in self._joined
         if grad is whole and (ours or self._gradients.may_use_up(position)):
             packet, commit = piece.codec.prepare(grad, state)
             self._commits.append(partial(self._commit_and_exchange, piece.unit, commit, ours))
