@@ -1,0 +1,102 @@
+"""Kernels trace under torch.compile, and can be captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training import noise
+
+import gradcomp
+from gradcomp import kernels
+from gradcomp.kernels import operators
+
+NUMEL = 1000  # not a multiple of the blocks
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def payload_of(spec: str, parameters: int) -> tuple[Tensor, Tensor]:
+    """What is in front of a packet's codes, float32, and the codes."""
+    payload = gradcomp.compressor(spec).compress(noise(0, 0, NUMEL)).payload
+    return payload[: 4 * parameters].view(torch.float32), payload[4 * parameters :]
+
+
+def arguments(name: str, device: str) -> tuple[Any, ...]:
+    """What ``name`` may be called with."""
+    out, other = noise(1, 0, NUMEL), noise(2, 0, NUMEL)
+    blocks = -(-NUMEL // 64)
+    found: tuple[Any, ...]
+    if name == "add_bits":
+        scales, packed = payload_of("onebit:block=64", 2 * blocks)
+        found = out, scales.view(-1, 2), packed, 64, other
+    elif name == "add_levels":
+        parameters, packed = payload_of("minmax:bits=4,block=64", 2 * blocks)
+        found = out, parameters.view(-1, 2), packed, 4, 64, 0.3, other
+    elif name == "add_codes":
+        found = out, *payload_of("int8:block=64", blocks), 8, 64, 0.3, other
+    elif name == "add_float8":
+        found = out, *payload_of("fp8:block=64", blocks), 64, 0.3, other
+    elif name == "add_powers":
+        found = out, *payload_of("natural:block=64", blocks), 64, 0.3, None
+    elif name == "add_factors":
+        found = out, noise(3, 0, 2, 40), noise(4, 0, 2, 25), 0.3, other
+    else:
+        found = {
+            "add_scaled": (out, other, 0.3),
+            "clear": (out,),
+            "cast": (out, torch.bfloat16),
+            "pack_votes": (out,),
+        }[name]
+    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in found)
+
+
+def called(function: Callable[..., Any], name: str, device: str) -> list[Tensor]:
+    """What a call returns, and what becomes of ``out``."""
+    given = arguments(name, device)
+    returned = function(*given)
+    return [given[0]] if returned is None else [given[0], returned]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", operators.__all__)
+class TestOperators:
+    def test_traced_whole(self, device: str, name: str) -> None:
+        kernel = getattr(kernels, name)
+        torch.compiler.reset()  # each name would be one more version of the same step
+
+        def step(*given: Any) -> Any:
+            given[0].mul_(2.0)
+            return kernel(*given)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for found, expected in zip(called(compiled, name, device), called(step, name, device), strict=True):
+            assert torch.equal(found, expected)
+
+    def test_declared_right(self, device: str, name: str) -> None:
+        torch.library.opcheck(getattr(torch.ops.gradcomp, name).default, arguments(name, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", operators.__all__)
+def test_in_a_cuda_graph(name: str) -> None:
+    kernel = getattr(kernels, name)
+    expected = called(kernel, name, "cuda")  # which also compiles it, and that cannot be captured
+    given = arguments(name, "cuda")
+    start = given[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = kernel(*given)
+    for _ in range(2):
+        given[0].copy_(start)
+        graph.replay()
+        found = [given[0]] if returned is None else [given[0], returned]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_plain_calls_do_not_pass_the_dispatcher() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        kernels.clear(torch.ones(8))
+    assert not any("gradcomp" in event.name for event in profile.events())
