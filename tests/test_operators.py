@@ -49,15 +49,27 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
             "clear": (out,),
             "cast": (out, torch.bfloat16),
             "pack_votes": (out,),
+            "encode_codes": (other, out, "levels", 4, 64, 0.0, True),
         }[name]
     return tuple(value.to(device) if isinstance(value, Tensor) else value for value in found)
 
 
-def called(function: Callable[..., Any], name: str, device: str) -> list[Tensor]:
-    """What a call returns, and what becomes of ``out``."""
+def called(function: Callable[..., Any], name: str, device: str) -> list[Any]:
+    """What a call returns, and what becomes of the vectors it is given."""
     given = arguments(name, device)
     returned = function(*given)
-    return [given[0]] if returned is None else [given[0], returned]
+    return [*given[:2], *results(returned)]
+
+
+def results(returned: Any) -> list[Tensor]:
+    if returned is None:
+        return []
+    return list(returned) if isinstance(returned, tuple) else [returned]
+
+
+def assert_equal(found: list[Any], expected: list[Any]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -72,8 +84,7 @@ class TestOperators:
             return kernel(*given)
 
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        for found, expected in zip(called(compiled, name, device), called(step, name, device), strict=True):
-            assert torch.equal(found, expected)
+        assert_equal(called(compiled, name, device), called(step, name, device))
 
     def test_declared_right(self, device: str, name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.gradcomp, name).default, arguments(name, device))
@@ -84,19 +95,33 @@ class TestOperators:
 def test_in_a_cuda_graph(name: str) -> None:
     kernel = getattr(kernels, name)
     expected = called(kernel, name, "cuda")  # which also compiles it, and that cannot be captured
-    given = arguments(name, "cuda")
-    start = given[0].clone()
+    given, start = arguments(name, "cuda"), arguments(name, "cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         returned = kernel(*given)
     for _ in range(2):
-        given[0].copy_(start)
+        for mine, before in zip(given, start, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(before)
         graph.replay()
-        found = [given[0]] if returned is None else [given[0], returned]
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert_equal([*given[:2], *results(returned)], expected)
 
 
 def test_plain_calls_do_not_pass_the_dispatcher() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         kernels.clear(torch.ones(8))
     assert not any("gradcomp" in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("form", ["levels", "signed", "float8", "ternary"])
+def test_codes_and_whether_they_are_worth_anything(form: str) -> None:
+    spec = {"levels": "minmax:bits=8,block=64", "signed": "int8:block=64", "float8": "fp8:block=64"}
+    grad = noise(0, 0, NUMEL)
+    expected = gradcomp.compressor(spec.get(form, "twobit:tau=0.5")).compress(grad).payload
+    payload, status = kernels.encode_codes(grad, None, form, 2 if form == "ternary" else 8, 64, 0.5)
+    assert torch.equal(payload, expected)
+    assert status.tolist() == [0, 0]
+    grad[7] = torch.inf
+    again, status = kernels.encode_codes(grad, None, form, 2 if form == "ternary" else 8, 64, 0.5)
+    assert again.shape == payload.shape
+    assert any(status.tolist())

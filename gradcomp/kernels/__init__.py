@@ -21,6 +21,7 @@ from gradcomp.kernels.operators import (
     add_scaled,
     cast,
     clear,
+    encode_codes,
     pack_votes,
 )
 from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
@@ -50,6 +51,7 @@ __all__ = [
     "clear",
     "encode_above",
     "encode_bits",
+    "encode_codes",
     "encode_float8",
     "encode_int8",
     "encode_largest",
