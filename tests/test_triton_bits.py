@@ -41,19 +41,20 @@ def check(grad: Tensor, residual: Tensor | None, block: int, symmetric: bool = F
         assert same(ours, theirs)
 
 
-@pytest.mark.parametrize("numel", [0, 1, 7, 8, 17, 513, 4101, 9001])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_encoding(numel: int, block: int) -> None:
-    # Magnitudes far apart: sums in another order differ.
-    grad = normal(numel) * 10 ** normal(numel, 2)
-    check(grad, normal(numel, 1), block, symmetric=numel % 2 == 0)
-    if numel == 9001:
-        check(grad, None, block)
-        check(grad.half(), normal(numel, 1), block, update=False)
-        check(grad.bfloat16()[3:], normal(numel, 1)[3:], block)
+def test_encoding(block: int) -> None:
+    for numel in (0, 1, 8, 17, 513, 4097):
+        # Magnitudes far apart: sums in another order differ.
+        grad = normal(numel) * 10 ** normal(numel, 2)
+        check(grad, normal(numel, 1), block, symmetric=numel % 2 == 0)
+    grad, residual = normal(8205) * 10 ** normal(8205, 2), normal(8205, 1)
+    check(grad, None, block)
+    check(grad, residual, block)
+    check(grad.half(), residual, block, update=False)
+    check(grad.bfloat16()[3:], residual[3:], block, symmetric=True)
 
 
-@pytest.mark.parametrize("numel", [0, 1, 513, 4101, 9001])
+@pytest.mark.parametrize("numel", [0, 1, 513, 8205])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_adding(numel: int, block: int) -> None:
     encoded = reference.encode_bits(normal(numel), None, block)
@@ -75,28 +76,23 @@ SPECIAL = torch.tensor([1e-45, -1e-45, 1e-40, -1e-40, 1.1754942e-38, 0.0, -0.0, 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_denormals_zeros_and_the_largest(block: int, symmetric: bool) -> None:
     values = SPECIAL.repeat(30) if block < 4096 else SPECIAL.repeat(420)
-    check(values, None, block, symmetric)
     check(values, values.flip(0) * 0.25, block, symmetric)
     check(values.clamp(-1e-38, 1e-38), values.flip(0) * 0, block, symmetric)
-    for value in SPECIAL.tolist():
-        check(torch.full((100,), value), torch.zeros(100), block, symmetric)
+    constant = SPECIAL.repeat_interleave(min(block, 64))  # for the smaller, blocks of one value
+    check(constant, torch.zeros_like(constant), block, symmetric)
 
 
 @pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf], [3e38]], ids=str)
-@pytest.mark.parametrize("block", [8, 1024, 4104])
-def test_nonfinite_leaves_the_residual_alone(bad: list[float], block: int) -> None:
-    grad, residual = normal(5000), normal(5000, 1)
-    for position in (5, 4998):
-        broken, beside = grad.clone(), residual.clone()
-        broken[position : position + len(bad)] = torch.tensor(bad)
-        beside[position] = 3e38
-        check(broken, beside, block)
-        check(broken, beside, block, update=False)
-        check(beside, broken, block, update=False)
-    check(broken, None, block)
+@pytest.mark.parametrize(("block", "position"), [(8, 5), (8, 4298), (1024, 4298), (4104, 5)])
+def test_nonfinite_leaves_the_residual_alone(bad: list[float], block: int, position: int) -> None:
+    grad, residual = normal(4300), normal(4300, 1)
+    grad[position : position + len(bad)] = torch.tensor(bad)
+    residual[position] = 3e38
+    check(grad, residual, block)
+    check(residual, grad, block, update=False)
 
 
-@pytest.mark.parametrize("numel", [0, 1, 7, 1025, 9001])
+@pytest.mark.parametrize("numel", [0, 1, 7, 4103])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_signs(numel: int, dtype: torch.dtype) -> None:
     grad = normal(numel).round().to(dtype)

@@ -29,7 +29,6 @@ from gradcomp.kernels.triton_codes import add_pairs as add_bits
 __all__ = ["add_bits", "code_bits", "encode_bits", "pack_signs", "pack_votes"]
 
 _RUN: tl.constexpr = tl.constexpr(512)  # elements whose sum is a float32's
-_LANES: tl.constexpr = tl.constexpr(16)  # sums of a run that are added up at its end
 _AT_ONCE: tl.constexpr = tl.constexpr(8)  # runs that are loaded together; those of a tile are a multiple
 _SCALE_DOWN: tl.constexpr = tl.constexpr(2.0**-40)
 _SCALE_UP: tl.constexpr = tl.constexpr(2.0**40)
@@ -43,9 +42,10 @@ def _is_finite(total):
 
 
 @triton.jit
-def _fold(lanes, units: tl.constexpr):
-    """[units, 16] to [units]. Of two numbers, tl.sum has but one order."""
-    lanes = tl.sum(tl.reshape(lanes, [units, 2, 8]), axis=1)
+def _fold(lanes, units: tl.constexpr, count: tl.constexpr):
+    """[units, count], 8 or 16, to [units]. Of two numbers, tl.sum has but one order."""
+    if count == 16:
+        lanes = tl.sum(tl.reshape(lanes, [units, 2, 8]), axis=1)
     lanes = tl.sum(tl.reshape(lanes, [units, 2, 4]), axis=1)
     lanes = tl.sum(tl.reshape(lanes, [units, 2, 2]), axis=1)
     return tl.sum(tl.reshape(lanes, [units, 2]), axis=1)
@@ -63,15 +63,16 @@ def _sum_runs(
     """
     runs: tl.constexpr = (width + _RUN - 1) // _RUN
     units: tl.constexpr = rows * runs
-    steps: tl.constexpr = (width // runs + _LANES - 1) // _LANES
+    lanes: tl.constexpr = 16 if width >= 16 else 8  # the others stay 0
+    steps: tl.constexpr = width // runs // lanes
     unit = tl.arange(0, units)[:, None]
-    lane = tl.arange(0, _LANES)[None, :]
-    below = tl.zeros([units, _LANES], tl.float32)
-    above = tl.zeros([units, _LANES], tl.float32)
+    lane = tl.arange(0, lanes)[None, :]
+    below = tl.zeros([units, lanes], tl.float32)
+    above = tl.zeros([units, lanes], tl.float32)
     at_once: tl.constexpr = 8 if steps > 8 else steps
     for begin in range(0, steps, at_once):
         for step in tl.static_range(at_once):  # so many loads are under way together
-            column = unit % runs * _RUN + (begin + step) * _LANES + lane
+            column = unit % runs * _RUN + (begin + step) * lanes + lane
             offset = unit // runs * block + column
             inside = (column < left) & (offset < numel - start)
             acc = load_acc(grad, residual, start + offset, inside, has_residual)
@@ -79,7 +80,7 @@ def _sum_runs(
             acc = acc * factor
             below += tl.where(negative, acc, 0.0)
             above += tl.where(negative, 0.0, acc)
-    return _fold(below, units), _fold(above, units)
+    return _fold(below, units, lanes), _fold(above, units, lanes)
 
 
 @triton.jit
@@ -122,11 +123,7 @@ def _encode(
     exists = row * block < numel
     acc = load_acc(grad, residual, start + offset, inside, has_residual)
     negative = (acc < 0).to(tl.int32)
-    if measured:
-        fine = exists
-        one = tl.load(scales + 2 * row, mask=exists, other=0.0)
-        zero = tl.load(scales + 2 * row + 1, mask=exists, other=0.0)
-    else:
+    if not measured:
         below, above = _sum_runs(grad, residual, start, numel, block, block, 1.0, has_residual, rows, width)
         below, above = _sum_rows(below, rows, width), _sum_rows(above, rows, width)
         if tl.min((_is_finite(below) & _is_finite(above)).to(tl.int32), axis=0) == 0:
@@ -139,13 +136,19 @@ def _encode(
             tl.store(status + 1, 1)  # whichever program comes first: all write the same
         members = tl.minimum(numel - row * block, block)
         one, zero = _scales(below, above, tl.sum(negative, axis=1), members, symmetric)
-        tl.store(scales + 2 * row, one, mask=exists)
+        tl.store(scales + 2 * row, tl.where(fine, one, float("nan")), mask=exists)
         tl.store(scales + 2 * row + 1, zero, mask=exists)
     pack(bits, negative, start, block, offset, inside, 1, rows, width)
     if update:
+        # The scales come back through memory, or the compiler would spread acc over the threads as the sums are, a row
+        # to each, in far more registers than there are. The barrier makes them visible to all of the program.
+        if not measured:
+            tl.debug_barrier()
+        one = tl.load(scales + 2 * row, mask=exists, other=0.0)[:, None]
+        zero = tl.load(scales + 2 * row + 1, mask=exists, other=0.0)[:, None]
         if tl.load(status) == 0:
-            left = acc - tl.where(negative != 0, one[:, None], zero[:, None])
-            tl.store(residual + start + offset, left, mask=inside & fine[:, None])
+            left = acc - tl.where(negative != 0, one, zero)
+            tl.store(residual + start + offset, left, mask=inside & (one == one))
 
 
 @triton.jit
