@@ -10,7 +10,7 @@ from triton_device import DEVICE
 from gradcomp.kernels import reference, triton_codes
 
 # (numel, block): blocks that are and are not powers of 2, several to a tile, one, several tiles to a block; ends anywhere
-SHAPES = [(0, 8), (1, 8), (77, 24), (1000, 0), (5003, 1024), (4100, 1000), (9001, 0), (13_001, 4104), (8192, 4096)]
+SHAPES = [(0, 8), (1, 8), (77, 24), (1000, 0), (4103, 1024), (4100, 1000), (8201, 0), (8207, 4104), (4096, 4096)]
 
 
 def draw(numel: int, bits: int) -> Tensor:
@@ -56,7 +56,7 @@ def test_every_float8() -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("numel", [1, 65, 5003])
+@pytest.mark.parametrize("numel", [1, 65, 4103])
 def test_find_code(bits: int, numel: int) -> None:
     mask = (1 << bits) - 1
     codes = draw(numel, bits) if bits > 1 else torch.zeros(numel, dtype=torch.uint8)
