@@ -49,7 +49,8 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
             "clear": (out,),
             "cast": (out, torch.bfloat16),
             "pack_votes": (out,),
-            "encode_codes": (other, out, "levels", 4, 64, 0.0, True),
+            "code_bits": (other, out, 64, False, True),
+            "code_values": (other, out, "levels", 4, 64, 0.0, True),
         }[name]
     return tuple(value.to(device) if isinstance(value, Tensor) else value for value in found)
 
@@ -118,10 +119,10 @@ def test_codes_and_whether_they_are_worth_anything(form: str) -> None:
     spec = {"levels": "minmax:bits=8,block=64", "signed": "int8:block=64", "float8": "fp8:block=64"}
     grad = noise(0, 0, NUMEL)
     expected = gradcomp.compressor(spec.get(form, "twobit:tau=0.5")).compress(grad).payload
-    payload, status = kernels.encode_codes(grad, None, form, 2 if form == "ternary" else 8, 64, 0.5)
+    payload, status = kernels.code_values(grad, None, form, 2 if form == "ternary" else 8, 64, 0.5)
     assert torch.equal(payload, expected)
     assert status.tolist() == [0, 0]
     grad[7] = torch.inf
-    again, status = kernels.encode_codes(grad, None, form, 2 if form == "ternary" else 8, 64, 0.5)
+    again, status = kernels.code_values(grad, None, form, 2 if form == "ternary" else 8, 64, 0.5)
     assert again.shape == payload.shape
     assert any(status.tolist())

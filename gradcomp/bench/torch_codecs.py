@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["CODECS"]
 
-# From a gradient: what encodes one to tensors, keeping what was not sent; and what adds them to a matrix, and returns it.
+# What encodes a gradient to tensors, keeping what was not sent; and what adds these to a matrix, which it returns.
 Codec = tuple[Callable[[Tensor], Sequence[Tensor]], Callable[[Sequence[Tensor], Tensor], Tensor]]
 
 _SHARE = 0.001

@@ -21,7 +21,8 @@ from gradcomp.kernels.operators import (
     add_scaled,
     cast,
     clear,
-    encode_codes,
+    code_bits,
+    code_values,
     pack_votes,
 )
 from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
@@ -49,9 +50,10 @@ __all__ = [
     "all_finite",
     "cast",
     "clear",
+    "code_bits",
+    "code_values",
     "encode_above",
     "encode_bits",
-    "encode_codes",
     "encode_float8",
     "encode_int8",
     "encode_largest",

@@ -30,7 +30,8 @@ __all__ = [
     "add_scaled",
     "cast",
     "clear",
-    "encode_codes",
+    "code_bits",
+    "code_values",
     "pack_votes",
 ]
 
@@ -109,7 +110,7 @@ def _payload_nbytes(form: str, numel: int, bits: int, block: int) -> int:
     return parameters + -(-numel * bits // 8)
 
 
-def _encode_codes(
+def _code_values(
     grad: Tensor, residual: Tensor | None, form: str, bits: int, block: int, tau: float, update: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The payload of a quantizer, and what says whether it is worth anything; on CUDA the host need not wait for it.
@@ -132,22 +133,48 @@ def _encode_codes(
     else:
         encode = quantize.encode_float8 if form == "float8" else quantize.encode_int8
         found = encode(grad, residual, block, update)
+    return _with_status(found, grad, _payload_nbytes(form, grad.numel(), bits, block))
+
+
+def _with_status(found: Tensor | float, grad: Tensor, nbytes: int) -> tuple[Tensor, Tensor]:
     status = torch.zeros(2, dtype=torch.int32, device=grad.device)
     if isinstance(found, Tensor):
         return found, status
-    return grad.new_zeros(_payload_nbytes(form, grad.numel(), bits, block), dtype=torch.uint8), status.add_(1)
+    return grad.new_zeros(nbytes, dtype=torch.uint8), status.add_(1)
 
 
-def _quantized(
-    grad: Tensor, residual: Tensor | None, form: str, bits: int, block: int, tau: float, update: bool = False
-) -> tuple[Tensor, Tensor]:
-    payload = grad.new_empty(_payload_nbytes(form, grad.numel(), bits, block), dtype=torch.uint8)
-    return payload, grad.new_empty(2, dtype=torch.int32)
+def _like_coded(grad: Tensor, nbytes: int) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(nbytes, dtype=torch.uint8), grad.new_empty(2, dtype=torch.int32)
 
 
-encode_codes = _operator(
-    _encode_codes,
+code_values = _operator(
+    _code_values,
     "(Tensor grad, Tensor(a!)? residual, str form, int bits, int block, float tau, bool update=False) "
     "-> (Tensor, Tensor)",
-    _quantized,
+    lambda grad, residual, form, bits, block, tau, update=False: _like_coded(
+        grad, _payload_nbytes(form, grad.numel(), bits, block)
+    ),
+)
+
+
+def _code_bits(
+    grad: Tensor, residual: Tensor | None, block: int, symmetric: bool = False, update: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As :func:`code_values`, of :func:`gradcomp.kernels.reference.encode_bits`."""
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_bits
+
+        return triton_bits.code_bits(grad, residual, block, symmetric, update)
+    found = bits.encode_bits(grad, residual, block, symmetric, update)
+    return _with_status(found, grad, _bits_nbytes(grad.numel(), block))
+
+
+def _bits_nbytes(numel: int, block: int) -> int:
+    return 8 * -(-numel // block) + -(-numel // 8)
+
+
+code_bits = _operator(
+    _code_bits,
+    "(Tensor grad, Tensor(a!)? residual, int block, bool symmetric=False, bool update=False) -> (Tensor, Tensor)",
+    lambda grad, residual, block, symmetric=False, update=False: _like_coded(grad, _bits_nbytes(grad.numel(), block)),
 )
