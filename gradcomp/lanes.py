@@ -8,12 +8,12 @@ included, and the copies to or from it that were queued are over.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["Lane", "joins", "page_locked", "to_device", "to_host"]
+__all__ = ["Lane", "joins", "on", "page_locked", "to_device", "to_host"]
 
 
 class Lane:
@@ -58,6 +58,11 @@ class Lane:
         """What the current stream is given from now on runs after all that was queued here. The host does not wait."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels launched in here run on ``device``: Triton's run on the current one, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def joins(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from training import noise
 
 import gradcomp
 from gradcomp import kernels
-from gradcomp.kernels import operators
+from gradcomp.kernels import operators, triton
 
 NUMEL = 1000  # not a multiple of the blocks
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -126,3 +127,13 @@ def test_codes_and_whether_they_are_worth_anything(form: str) -> None:
     again, status = kernels.code_values(grad, None, form, 2 if form == "ternary" else 8, 64, 0.5)
     assert again.shape == payload.shape
     assert any(status.tolist())
+
+
+def test_another_device_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "enabled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    there = SimpleNamespace(is_cuda=True, get_device=lambda: 1, device=torch.device("cuda", 1))
+    with pytest.raises(gradcomp.ConfigError, match="current device, cuda:0"):
+        triton.takes(there)  # type: ignore[arg-type]
+    assert triton.takes(SimpleNamespace(is_cuda=True, get_device=lambda: 0))  # type: ignore[arg-type]
+    assert not triton.takes(torch.zeros(1))
