@@ -28,6 +28,7 @@ BENCHMARKS = {
     "codecs": "gradcomp.bench.codecs",
     "all-gather": "gradcomp.bench.all_gather",
     "step-time": "gradcomp.bench.step_time",
+    "step": "gradcomp.bench.step_alone",
     "ddp-hooks": "gradcomp.bench.ddp_hooks",
     "memory": "gradcomp.bench.memory",
     "cluster": "gradcomp.bench.cluster",

@@ -1,14 +1,19 @@
-"""The exchange's own CUDA stream beside the training's, and host memory that copies to and from it fast."""
+"""The exchange's own CUDA stream beside the training's, and page-locked host memory, which its bytes pass through.
+
+Page-locked memory comes from torch's own allocator, which keeps what was freed for the next time: no more is ever
+locked than was in use at once, rounded up. A block is free once nobody holds it, a transport that sends from it
+included, and the copies to or from it that were queued are over.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["Lane", "to_device", "to_host"]
+__all__ = ["Lane", "joins", "on", "page_locked", "to_device", "to_host"]
 
 
 class Lane:
@@ -16,7 +21,9 @@ class Lane:
 
     Everything queued here begins by waiting for a :meth:`mark` of the training's stream, and that waits for all of it
     (:meth:`join`) before it uses the results. So memory that either of them frees is never written while the other
-    still reads it, although the allocator knows nothing of it.
+    still reads it, although the allocator knows nothing of it; nor memory that changes sides, as a gradient's that
+    becomes a residual. A mark covers the stream that is current when a bucket is complete: gradients that one backward
+    pass makes on several streams must be exchanged with ``when="step"``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,16 +60,35 @@ class Lane:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels launched in here run on ``device``: Triton's run on the current one, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def joins(device: torch.device) -> bool:
+    """Whether what moves between ``device`` and the host is best moved as one."""
+    return device.type == "cuda"
+
+
+def page_locked(data: memoryview) -> Tensor:
+    """A copy of ``data``, uint8, in host memory that CUDA copies from while the host goes on."""
+    host = torch.empty(len(data), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    host.numpy().data[:] = data
+    return host
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """``tensor`` on the CPU; from CUDA through page-locked memory, which is copied to at the full rate of the bus.
 
-    Waits for the current stream: the bytes must be there before they can be sent.
+    Waits for the copy, asleep, and for what the current stream was given before: bytes must be there to be sent.
     """
     if tensor.device.type != "cuda":
         return tensor.cpu()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(tensor.device))
+    copied.synchronize()
     return host
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradcomp.bucket import Piece
 from gradcomp.errors import PacketError
 from gradcomp.interfaces import Buffer
+from gradcomp.lanes import joins, page_locked, to_device, to_host
 from gradcomp.packet import HEADER_NBYTES, Packet
 
 __all__ = ["Head", "Message", "max_message_bytes", "on_any_rank"]
@@ -37,6 +38,9 @@ class Message:
     @cached_property
     def buffers(self) -> list[Buffer]:
         """The message's bytes, in parts that may be sent without a copy; the same parts whoever they are sent to."""
+        device = next((packet.device for packet in self.packets if packet is not None), None)
+        if device is not None and joins(device):
+            return self._joined_buffers(to_host(self.payload(device)))
         parts: list[Buffer] = [self._lengths()]
         for packet in self.packets:
             if packet is not None:
@@ -52,11 +56,23 @@ class Message:
 
     def payload(self, device: torch.device) -> Tensor:
         """The payloads of all packets as one, uint8, each padded to a multiple of 8 bytes."""
-        parts = []
+        padding = torch.zeros(_ALIGN, dtype=torch.uint8, device=device)
+        parts = [padding[:0]]
         for packet in self.packets:
             if packet is not None:
-                parts += [packet.payload, packet.payload.new_zeros(-packet.payload.numel() % _ALIGN)]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
+                parts += [packet.payload, padding[: -packet.payload.numel() % _ALIGN]]
+        return torch.cat(parts)
+
+    def _joined_buffers(self, payload: Tensor) -> list[Buffer]:
+        """As :attr:`buffers`, which read all payloads out of one tensor on the CPU: from a device that is one copy."""
+        parts: list[Buffer] = [self._lengths()]
+        data, at = payload.numpy().data, 0
+        for packet in self.packets:
+            if packet is not None:
+                stop = at + _padded(packet.payload.numel())
+                parts += [packet.header(), data[at:stop]] if stop > at else [packet.header()]
+                at = stop
+        return parts
 
     def _lengths(self) -> bytes:
         head = _COUNTS.pack(len(self.packets), len(self.present)) + _bitmap(self.present)
@@ -72,20 +88,41 @@ class Message:
     def parse(cls, data: memoryview, pieces: Sequence[Piece], parameters: int, device: torch.device) -> Message:
         """The message in ``data``, which must hold ``pieces`` of a bucket of so many ``parameters``.
 
+        Packets are checked on the CPU; to CUDA all of them go in one copy, which is not waited for.
+
         Raises:
             PacketError: anything malformed, before anything it asks for is allocated.
         """
-        present, sizes, at = _parse_lengths(data, pieces, parameters)
-        if any(size > len(data) for size in sizes) or at + sum(map(_padded, sizes)) != len(data):
+        present, sizes, start = _parse_lengths(data, pieces, parameters)
+        if any(size > len(data) for size in sizes) or start + sum(map(_padded, sizes)) != len(data):
             raise PacketError(f"message of {len(data)} bytes does not hold packets of {sizes} bytes")
+        data = data[start:]
+        host = page_locked(data) if joins(device) else None
+        if host is not None:
+            data = host.numpy().data
         packets: list[Packet | None] = []
+        at = 0
         for piece, size in zip(pieces, sizes, strict=True):
-            packet = Packet.from_bytes(data[at : at + size], numel=piece.numel, device=device) if size else None
+            where = "cpu" if host is not None else device
+            packet = Packet.from_bytes(data[at : at + size], numel=piece.numel, device=where) if size else None
             packets.append(packet)
             if any(data[at + size : at + _padded(size)]):
                 raise PacketError("message has bytes set in its padding")
             at += _padded(size)
-        return cls(tuple(packets), present)
+        message = cls(tuple(packets), present)
+        return message if host is None else message._moved(to_device(host, device))
+
+    def _moved(self, data: Tensor) -> Message:
+        """This message with its payloads in ``data``, uint8: the bytes of all packets, as they follow each other."""
+        packets: list[Packet | None] = []
+        at = 0
+        for packet in self.packets:
+            if packet is None:
+                packets.append(None)
+                continue
+            packets.append(packet.moved(data[at + HEADER_NBYTES : at + packet.nbytes]))
+            at += _padded(packet.nbytes)
+        return Message(tuple(packets), self.present)
 
 
 @dataclass(frozen=True)

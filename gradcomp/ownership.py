@@ -34,12 +34,18 @@ class Ownership:
             self._kept[i] = None if tensor.grad is None else weakref.ref(tensor.grad)
 
     def may_use_up(self, position: int) -> bool:
-        """Whether backward made this gradient anew, on the CPU, in memory of its own, as contiguous float32."""
+        """Whether backward made this gradient anew, in memory of its own, as contiguous float32.
+
+        On CUDA its memory then changes between the streams of training and exchange; see :class:`gradcomp.lanes.Lane`.
+        """
         grad = self._tensors[position].grad
-        if grad is None or grad.device.type != "cpu" or grad.dtype != torch.float32 or not grad.is_contiguous():
+        if grad is None or grad.dtype != torch.float32 or not grad.is_contiguous():
             return False
+        if grad.device.type not in ("cpu", "cuda"):
+            return False
+        if grad.device.type == "cpu" and grad.is_shared():  # type: ignore[no-untyped-call]
+            return False  # CUDA's memory always says that it is
         kept = self._kept[position]
         if kept is not None and kept() is grad:
             return False
-        nbytes = grad.untyped_storage().nbytes()
-        return type(grad) is Tensor and nbytes == 4 * grad.numel() and not grad.is_shared()  # type: ignore[no-untyped-call]
+        return type(grad) is Tensor and grad.untyped_storage().nbytes() == 4 * grad.numel()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -292,22 +292,15 @@ class Packet:
 
     def to(self, device: torch.device | str) -> Packet:
         """This packet on another device."""
-        index_set = self._index_set
-        if index_set is not None:
-            index, negative = index_set
-            index_set = index.to(device), negative.to(device)
-        return Packet(
-            kind=self.kind,
-            numel=self.numel,
-            payload=to_device(self.payload, device),
-            count=self.count,
-            coding=self.coding,
-            bits=self.bits,
-            scalar=self.scalar,
-            block=self.block,
-            _index_set=index_set,
-            _checked=self._checked,
-        )
+        return self.moved(to_device(self.payload, device))
+
+    def moved(self, payload: Tensor) -> Packet:
+        """This packet with the same payload in other memory."""
+        found = replace(self, payload=payload, _index_set=None)
+        if self._index_set is not None and found.needs_index_set:
+            index, negative = self._index_set
+            object.__setattr__(found, "_index_set", (index.to(payload.device), negative.to(payload.device)))
+        return found
 
     def __eq__(self, other: object) -> bool:
         return self.to_bytes() == other.to_bytes() if isinstance(other, Packet) else NotImplemented

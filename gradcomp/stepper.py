@@ -17,7 +17,7 @@ from gradcomp.flight import Flight
 from gradcomp.gradients import Gradients, HeldGradients, check_gradient
 from gradcomp.hosts import Host, at_level
 from gradcomp.interfaces import MY_TURN, Exchange, Incoming, Transport
-from gradcomp.lanes import Lane
+from gradcomp.lanes import Lane, on
 from gradcomp.plan import Plan
 from gradcomp.states import StateStore
 from gradcomp.telemetry import StepRecord, Totals
@@ -155,7 +155,7 @@ class Stepper:
         with self._record.timed("wait_s"):
             self.drain()
         nonfinite = any(work.nonfinite for work in self._works)
-        with torch.no_grad():
+        with torch.no_grad(), on(self._device):
             for work in self._works:
                 work.finish(commit=not nonfinite)
             if self._host is not None:

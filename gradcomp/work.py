@@ -219,7 +219,7 @@ class BucketWork(Work):
                 self._joined.pop(piece.unit, None)  # the packets have all of it now
             return packet
         state = self._store.get(self._name(piece), piece, "gradient", grad)
-        ours = piece.unit in self._joined and self._device.type == "cpu"
+        ours = piece.unit in self._joined
         if grad is whole and (ours or self._gradients.may_use_up(self.bucket.units[piece.unit].parameters[0])):
             packet, commit = piece.codec.prepare(grad, state)
             self._commits.append(partial(self._commit_and_exchange, piece.unit, commit, ours))

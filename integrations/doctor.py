@@ -10,7 +10,7 @@ import torch
 
 from gradcomp import registry
 from gradcomp.errors import ConfigError
-from gradcomp.kernels import native
+from gradcomp.kernels import native, triton
 from gradcomp.version import __version__
 
 __all__ = ["Finding", "examine"]
@@ -39,6 +39,7 @@ def examine() -> list[Finding]:
         _processor(),
         _torch(),
         _cuda(),
+        _cuda_kernels(),
         _zeromq(),
         _plugins("compressors", registry.available_compressors()),
         _plugins("transports", registry.available_transports()),
@@ -92,7 +93,25 @@ def _cuda() -> Finding:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         return Finding("CUDA", f"none: torch is {built}" + (", and finds no device" if torch.version.cuda else ""))
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Finding("CUDA", f"{torch.version.cuda}: {', '.join(names)}; gradients there run the torch kernels")
+    return Finding("CUDA", f"{torch.version.cuda}: {', '.join(names)}")
+
+
+def _cuda_kernels() -> Finding:
+    """What gradients on CUDA devices run, or would run if there were any."""
+    try:
+        enabled = triton.enabled()
+    except ConfigError as error:
+        return Finding("CUDA kernels", "none will run", str(error))
+    if enabled:
+        from triton import __version__ as triton_version
+
+        return Finding("CUDA kernels", f"Triton {triton_version}")
+    slow = torch.cuda.is_available()  # else nothing is lost
+    if triton.AVAILABLE:
+        advice = "unset GRADCOMP_KERNELS for the faster ones" if slow else ""
+        return Finding("CUDA kernels", f"torch, because GRADCOMP_KERNELS={native.wanted()}; Triton is there", advice)
+    advice = "they take several sweeps where Triton takes one: pip install triton" if slow else ""
+    return Finding("CUDA kernels", "torch, because Triton is not installed", advice)
 
 
 def _zeromq() -> Finding:

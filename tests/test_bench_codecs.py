@@ -94,6 +94,15 @@ def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_beside_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = measured(capsys, "--compressor", "topk:ratio=0.001", "--beside-torch")
+    assert len(rows) == 4
+    assert rows["torch.topk 0.1 %"]["relative_error"] == pytest.approx(rows["topk:ratio=0.001"]["relative_error"])
+    for row in rows.values():
+        assert 0 < row["relative_error"] < 1
+        assert min(row["encode_passes"], row["decode_passes"]) > 0
+
+
 def test_gradients_of_a_task_are_saved_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     saved = tmp_path / "digits.npy"

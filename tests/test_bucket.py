@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -19,6 +20,7 @@ from gradcomp.bucket import (
 )
 from gradcomp.compressors.cast import NoCompression
 from gradcomp.message import Head, Message, max_message_bytes
+from gradcomp.packet import Packet
 
 SPARSE = gradcomp.compressor("topk:ratio=0.1")
 CPU = torch.device("cpu")
@@ -98,6 +100,23 @@ def some_message() -> tuple[Message, list[Piece]]:
 
 def test_messages_round_trip() -> None:
     message, pieces = some_message()
+    check_round_trip(message, pieces)
+
+
+def test_messages_whose_payloads_move_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do from CUDA and to it: the same bytes."""
+    (message, pieces), (again, _) = some_message(), some_message()
+    data = b"".join(message.buffers)
+    monkeypatch.setattr(gradcomp.message, "joins", lambda device: True)
+    assert b"".join(again.buffers) == data
+    check_round_trip(again, pieces)
+    nothing = Message((None, None, None), (False,) * 9)
+    assert Message.parse(memoryview(b"".join(nothing.buffers)), pieces, 9, CPU) == nothing
+    broken = Message((Packet.nonfinite(math.inf, 500), message.packets[2], None), message.present)
+    check_round_trip(broken, [pieces[0], pieces[2], pieces[1]])
+
+
+def check_round_trip(message: Message, pieces: list[Piece]) -> None:
     data = b"".join(message.buffers)
     assert len(data) <= max_message_bytes(pieces, 9)
     for offset in (0, 1):  # whatever the alignment
@@ -107,6 +126,14 @@ def test_messages_round_trip() -> None:
         assert [p and p.to_bytes() for p in parsed.packets] == [p and p.to_bytes() for p in message.packets]
 
 
+@pytest.fixture(params=[False, True], ids=["one by one", "as one"])
+def _joined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once more with all payloads moved as one, as from CUDA and to it."""
+    if request.param:
+        monkeypatch.setattr(gradcomp.message, "joins", lambda device: True)
+
+
+@pytest.mark.usefixtures("_joined")
 def test_malformed_messages_are_refused() -> None:
     message, pieces = some_message()
     data = b"".join(message.buffers)

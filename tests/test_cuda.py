@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,13 @@ class TestRanks:
         assert len(first) == 12
         assert_equal([first], [second])
 
+    @pytest.mark.parametrize("spec", ["none", "topk:ratio=0.05"])
+    def test_messages_that_move_as_one(self, device: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whether payloads go to the host one by one or in one copy, and back: not a bit changes."""
+        as_it_is = run_ranks(2, lambda transport: train(transport, device, 3, compressor=spec))
+        monkeypatch.setattr(gradcomp.message, "joins", lambda _: device == "cpu")
+        assert_equal(run_ranks(2, lambda transport: train(transport, device, 3, compressor=spec)), as_it_is)
+
     def test_two_on_one_device_a_hundred_steps_as_if_one_thing_came_after_the_other(
         self, device: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -221,6 +228,42 @@ class TestRanks:
 
         first, second = run_ranks(2, rank_main)
         assert torch.equal(first, second)
+
+
+def places() -> Iterator[Any]:
+    """Compressor, and the devices of two ranks; without a GPU just enough to keep the test itself alive."""
+    for spec in COMPRESSORS:
+        if spec != "auto":  # it is one of the others
+            for where in (("cuda", "cuda"), ("cuda", "cpu")):
+                yield pytest.param(spec, where, marks=pytest.mark.gpu)
+    for spec in ("factors", "dgc"):
+        yield pytest.param(spec, ("cpu", "cpu"))
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "two_shot"])
+@pytest.mark.parametrize(("spec", "where"), list(places()))
+def test_ranks_agree_over_zmq(spec: str, where: tuple[str, str], exchange: str) -> None:
+    """To the last bit of every sum and parameter, whatever the devices; digests say so too."""
+
+    def rank_main(transport: Any) -> list[Tensor]:
+        net = network(where[transport.rank])
+        # What is subtracted is not multiplied: a device that fuses the two would round it in another way.
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        found: list[Tensor] = []
+        options = {"compressor": spec, "exchange": exchange, "bucket_bytes": 4096, "digest_every": 1}
+        with attach(net, optimizer, transport, **options) as sync:
+            for step in range(4):
+                optimizer.zero_grad()
+                inputs = noise(sync.rank, step, 16, 24).to(where[sync.rank])
+                (0.01 * net(inputs).square().mean()).backward()
+                found += [p.grad.cpu() for p in net.parameters() if p.grad is not None]
+                optimizer.step()
+            found += [p.cpu() for p in parameters_of(net)]
+        return found
+
+    first, second = over_zmq(rank_main)
+    assert len(first) == 20
+    assert_equal([first], [second])
 
 
 class TestStreams:

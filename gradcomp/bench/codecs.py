@@ -2,7 +2,8 @@
 
 One pass is ``r.add_(g)`` over vectors of the same length, alternating with what is measured: the least that any encoder
 with error feedback can do. Encoding is ``compress`` with its state; decoding is reading the bytes, checking them, and
-adding what they say. Every compressor that is installed is measured, those of other packages too.
+adding what they say. Every compressor that is installed is measured, those of other packages too. ``--beside-torch``
+adds what comes nearest in torch's own operations. On CUDA its events tell the time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 import gradcomp
-from gradcomp.bench import gradients
+from gradcomp.bench import gradients, torch_codecs
 from gradcomp.errors import ConfigError
-from gradcomp.kernels import native
+from gradcomp.kernels import native, triton
+from gradcomp.marks import Mark
 from gradcomp.packet import Coding, Kind, Packet
 
 __all__ = ["main"]
@@ -116,6 +117,43 @@ def measure(spec: str, rows: Tensor, repeats: int) -> Row:
     )
 
 
+def _measure_torch(name: str, rows: Tensor, repeats: int) -> Row:
+    """As :func:`measure`, for one of :data:`gradcomp.bench.torch_codecs.CODECS`; bytes are those of its tensors."""
+    numel = rows.shape[1]
+    grads = [row.view(_matrix(numel)) for row in rows]
+    out, one = torch.zeros_like(grads[0]), torch.zeros_like(rows[0])
+    encode, decode_add = torch_codecs.CODECS[name](grads[0])
+    tensors = encode(grads[0])
+    lost = float((grads[0] - decode_add(tensors, out.clone())).norm() / grads[0].norm().clamp_min(1e-38))
+    turn = 0
+
+    def encode_next() -> None:
+        nonlocal turn
+        turn += 1
+        encode(grads[turn % len(grads)])
+
+    def one_pass() -> None:
+        one.add_(rows[0])
+
+    encode_passes, pass_ms = _in_passes(encode_next, one_pass, repeats)
+    copies, _ = _in_passes(lambda: one.copy_(rows[0]), one_pass, repeats)
+    decode_passes, _ = _in_passes(lambda: decode_add(tensors, out), one_pass, repeats)
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    return Row(
+        compressor=name,
+        numel=numel,
+        encode_passes=encode_passes,
+        decode_passes=decode_passes,
+        pass_ms=pass_ms,
+        copy_ms=copies * pass_ms,
+        bytes_per_element=nbytes / numel,
+        ratio=4 * numel / nbytes,
+        index_bits=None,
+        entropy_bits=None,
+        relative_error=lost,
+    )
+
+
 def _matrix(numel: int) -> tuple[int, int]:
     """A shape of two dimensions, for compressors that look at it: a power of two of columns, about square."""
     columns = 1
@@ -129,9 +167,9 @@ def _relative_error(compressor: gradcomp.Compressor, grad: Tensor) -> float:
     return float(lost.norm() / grad.norm().clamp_min(1e-38))
 
 
-def _in_passes(call: Callable[[], None], one_pass: Callable[[], None], repeats: int) -> tuple[float, float]:
+def _in_passes(call: Callable[[], object], one_pass: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Median time of ``call`` over the median time of ``one_pass``, the two alternating; and the latter, in ms."""
-    times: dict[Callable[[], None], list[float]] = {call: [], one_pass: []}
+    times: dict[Callable[[], object], list[float]] = {call: [], one_pass: []}
     inner = {f: max(1, math.ceil(_LEAST_S / max(_seconds(f, 1), 1e-7))) for f in times}
     for _ in range(repeats):
         for f in times:
@@ -140,18 +178,18 @@ def _in_passes(call: Callable[[], None], one_pass: Callable[[], None], repeats: 
     return statistics.median(times[call]) / unit, unit * 1e3
 
 
-def _seconds(f: Callable[[], None], inner: int) -> float:
-    _wait_for_device()
-    start = time.perf_counter()
+def _seconds(f: Callable[[], object], inner: int) -> float:
+    """Of one call, when so many follow each other."""
+    start = _now()
     for _ in range(inner):
         f()
-    _wait_for_device()
-    return (time.perf_counter() - start) / inner
+    return start.until(_now()) / inner
 
 
-def _wait_for_device() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+def _now() -> Mark:
+    """On CUDA: when its stream gets here, and not when the host does, which runs ahead."""
+    on_device = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return Mark(torch.device("cuda", torch.cuda.current_device()) if on_device else None)
 
 
 def _index_bits(packet: Packet) -> tuple[float | None, float | None]:
@@ -255,13 +293,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--compressor", action="append", metavar="SPEC", help="repeatable; default: all that are installed"
     )
-    parser.add_argument("--sizes", type=_sizes, default=[10**6], help="elements, like 1e4,1e6,25e6; default: 1e6")
+    parser.add_argument(
+        "--sizes", "--numel", type=_sizes, default=[10**6], help="elements, like 1e4,1e6,25e6; default: 1e6"
+    )
     parser.add_argument("--gradients", metavar="FILE", help="saved ones (--save); default: noise of changing size")
     parser.add_argument("--task", metavar="TASK", help="take gradients from this task after some steps of training")
     parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="for the task")
     parser.add_argument("--save", metavar="FILE", help="save the task's gradients (.npy) for --gradients")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--beside-torch", action="store_true", help="measure torch's own operations as well")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--png", metavar="FILE", help="draw ratio against passes")
@@ -288,7 +329,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for spec in specs:
             print(f"{spec}, {numel:,} elements", file=sys.stderr)
             rows.append(measure(spec, steps, options.repeats))
-    level = native.LEVEL if native.enabled() and options.device == "cpu" else "torch"
+        for name in torch_codecs.CODECS if options.beside_torch else ():
+            print(f"{name}, {numel:,} elements", file=sys.stderr)
+            rows.append(_measure_torch(name, steps, options.repeats))
+    if options.device == "cuda":
+        level = "Triton" if triton.enabled() else "torch"
+    else:
+        level = native.LEVEL if native.enabled() else "torch"
     if options.json:
         result = {
             "threads": options.threads,

@@ -26,49 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradcomp
-from gradcomp.examples.tasks.cifar10 import vgg11
+from gradcomp.bench.networks import MODELS, batch_for
 
 __all__ = ["MODELS", "batch_for", "main", "step"]
-
-
-def dense_heavy() -> nn.Module:
-    """25.2M parameters, AlexNet's share of them in dense layers, for 32x32 images."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 64, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-        *(nn.Linear(64 * 64, 4096), nn.ReLU(), nn.Linear(4096, 2048), nn.ReLU(), nn.Linear(2048, 10)),
-    )
-
-
-def vgg() -> nn.Module:
-    """The CIFAR-10 example's VGG-11, 9.2M parameters, on images that are normalised already."""
-    return vgg11()[1:]
-
-
-def tiny() -> nn.Module:
-    """101k parameters: to try a benchmark out."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 32), nn.ReLU(), nn.Linear(32, 64), nn.Linear(64, 10))
-
-
-def vgg16() -> nn.Module:
-    """VGG-16 for 224x224 images and 1,000 classes, 138M parameters: for machines with a GPU."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        for _ in range(convolutions):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            channels = width
-        layers.append(nn.MaxPool2d(2))
-    dense = [nn.Linear(512 * 7 * 7, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000)]
-    return nn.Sequential(*layers, nn.Flatten(), *dense)
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense_heavy, "tiny": tiny, "vgg11": vgg, "vgg16": vgg16}
-
-
-def batch_for(model: str, size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Random images of the size that the model wants, and classes."""
-    side = 224 if model == "vgg16" else 32
-    return torch.randn(size, 3, side, side, device=device), torch.randint(0, 10, (size,), device=device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

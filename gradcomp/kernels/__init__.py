@@ -1,22 +1,33 @@
 """The hot loops, each from the fastest backend there is for the tensors it is given.
 
 :mod:`gradcomp.kernels.reference` defines them all, on any device. Those that :mod:`gradcomp.kernels.native` has replace
-them on the CPU where they were built and not turned off. One file a family chooses between them.
+them on the CPU, where they were built and not turned off, and the Triton ones (``triton_*.py``) on CUDA devices. One
+file a family chooses between them, and :mod:`gradcomp.kernels.operators` lets torch.compile trace those that can be.
 """
 
 from __future__ import annotations
 
-from gradcomp.kernels.bits import add_bits, encode_bits, pack_signs, pack_votes
-from gradcomp.kernels.codes import add_codes, add_float8, add_levels, find_code
-from gradcomp.kernels.dense import add_scaled, all_finite, cast, clear
+from gradcomp.kernels.bits import encode_bits, pack_signs
+from gradcomp.kernels.codes import find_code
+from gradcomp.kernels.dense import all_finite
 from gradcomp.kernels.indices import add_signs, add_values, sum_sets
-from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
-from gradcomp.kernels.reference import (
-    largest_coefficients,
-    norms,
-    orthonormal,
-    sample_size,
+from gradcomp.kernels.operators import (
+    add_bits,
+    add_codes,
+    add_factors,
+    add_float8,
+    add_levels,
+    add_powers,
+    add_scaled,
+    cast,
+    clear,
+    code_bits,
+    code_values,
+    pack_votes,
 )
+from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
+from gradcomp.kernels.random import philox
+from gradcomp.kernels.reference import largest_coefficients, sample_size
 from gradcomp.kernels.select import (
     encode_above,
     encode_largest,
@@ -25,11 +36,8 @@ from gradcomp.kernels.select import (
     sample_largest,
     sample_threshold,
 )
-from gradcomp.kernels.random import philox
-from gradcomp.kernels.reference import largest_coefficients, sample_size
-from gradcomp.kernels.select import encode_above, encode_largest, encode_signs, sample_largest
-from gradcomp.kernels.stochastic import add_powers, encode_powers, encode_stochastic
-from gradcomp.kernels.transform import add_factors, add_spectrum, combine, norms, orthonormal, project
+from gradcomp.kernels.stochastic import encode_powers, encode_stochastic
+from gradcomp.kernels.transform import add_spectrum, combine, norms, orthonormal, project
 
 __all__ = [
     "add_bits",
@@ -45,6 +53,8 @@ __all__ = [
     "all_finite",
     "cast",
     "clear",
+    "code_bits",
+    "code_values",
     "combine",
     "encode_above",
     "encode_bits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gradcomp.kernels import native, reference
+from gradcomp.kernels import native, reference, triton
 
 __all__ = ["add_codes", "add_float8", "add_levels", "find_code"]
 
@@ -24,6 +24,10 @@ def add_levels(
         other = None if addend is None else native.floats(addend)
         workers = native.thread_count(threads)
         native.module.add_levels(out, parameters.view(-1), codes, bits, block, scale, other, workers)
+    elif triton.takes(out):
+        from gradcomp.kernels import triton_codes
+
+        triton_codes.add_levels(out, parameters, codes, bits, block, scale, addend)
     else:
         reference.add_levels(out, parameters, codes, bits, block, scale, addend)
 
@@ -42,6 +46,10 @@ def add_codes(
     if native.takes(out):
         other = None if addend is None else native.floats(addend)
         native.module.add_codes(out, scales, codes, bits, block, scale, other, native.thread_count(threads))
+    elif triton.takes(out):
+        from gradcomp.kernels import triton_codes
+
+        triton_codes.add_codes(out, scales, codes, bits, block, scale, addend)
     else:
         reference.add_codes(out, scales, codes, bits, block, scale, addend)
 
@@ -59,6 +67,10 @@ def add_float8(
     if native.takes(out):
         other = None if addend is None else native.floats(addend)
         native.module.add_float8(out, scales, codes, block, scale, other, native.thread_count(threads))
+    elif triton.takes(out):
+        from gradcomp.kernels import triton_codes
+
+        triton_codes.add_float8(out, scales, codes, block, scale, addend)
     else:
         reference.add_float8(out, scales, codes, block, scale, addend)
 
@@ -67,4 +79,8 @@ def find_code(packed: Tensor, count: int, bits: int, mask: int, threads: int | N
     """:func:`gradcomp.kernels.reference.find_code`, from the fastest backend."""
     if native.takes(packed):
         return native.module.find_code(packed, count, bits, mask, native.thread_count(threads))
+    if triton.takes(packed):
+        from gradcomp.kernels import triton_codes
+
+        return triton_codes.find_code(packed, count, bits, mask)
     return reference.find_code(packed, count, bits, mask)

@@ -16,8 +16,10 @@ import logging
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from gradcomp.errors import ConfigError
 from gradcomp.kernels import native
 
 __all__ = ["AVAILABLE", "EXACT", "enabled", "grid", "takes"]
@@ -41,8 +43,20 @@ def enabled() -> bool:
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the Triton kernels are to work on ``tensor``: it is on a CUDA device, and they are enabled."""
-    return tensor.is_cuda and enabled()
+    """Whether the Triton kernels are to work on ``tensor``: it is on a CUDA device, and they are enabled.
+
+    Raises:
+        ConfigError: it is on another CUDA device than the current one, where Triton would launch them.
+    """
+    if not tensor.is_cuda or not enabled():
+        return False
+    current = torch.cuda.current_device()
+    if tensor.get_device() != current:
+        raise ConfigError(
+            f"device={str(tensor.device)!r} is not allowed here; kernels run on the current device, cuda:{current}: "
+            "call within torch.cuda.device(tensor.device)"
+        )
+    return True
 
 
 def grid(numel: int, block: int) -> tuple[int]:
