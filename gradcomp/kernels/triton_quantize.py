@@ -37,7 +37,7 @@ _ROUNDER_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _order(values):
-    """Floats in order as integers, -0 below 0, NaN and the infinities outside of all that is finite; its own inverse."""
+    """Floats in order as integers, -0 below 0, NaN and the infinities beyond all that is finite; its own inverse."""
     bits = values.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & MAGNITUDE)
 
@@ -136,7 +136,7 @@ def _encode(
                 code += 127
                 value = step * whole
     pack(codes, tl.where(inside, code & 0xFF, 0), start, block, offset, inside, bits, rows, width)
-    if update:
+    if update:  # noqa: SIM102 - the one is known when this is compiled, the other when it runs
         if tl.load(status) == 0:
             tl.store(residual + start + offset, acc - value, mask=inside & (worst < INFINITY)[:, None])
 
