@@ -73,9 +73,9 @@ def _measure(
     form: tl.constexpr, has_residual: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     start, offset, inside, row = place(numel, block, tiles, rows, width)
-    exists = row * block < numel
+    exists = tl.max(inside.to(tl.int32), axis=1) > 0  # the last block may end before its last program
     acc = load_acc(grad, residual, start + offset, inside, has_residual)
-    top, bottom = _extremes(acc, inside, exists & (tl.max(inside.to(tl.int32), axis=1) > 0), form)
+    top, bottom = _extremes(acc, inside, exists, form)
     if tl.max(tl.maximum(top, bottom), axis=0) >= INFINITY:
         tl.store(status, 1)
     tl.atomic_max(extremes + 2 * row, top, mask=exists)
