@@ -104,14 +104,13 @@ def _encode(
         code = plus + 2 * minus
         value = tau * (plus - minus).to(tl.float32)
     else:
+        last: tl.constexpr = (1 << bits) - 1.0 if form == "levels" else 448.0 if form == "float8" else 127.0
         if form == "levels":
-            last: tl.constexpr = (1 << bits) - 1.0
             low, high = _float(~bottom), _float(top)
             step = _finite_step(low, tl.minimum(high - low, _LARGEST), last)
             tl.store(parameters + 2 * row, low, mask=exists)
             tl.store(parameters + 2 * row + 1, step, mask=exists)
         else:
-            last: tl.constexpr = 448.0 if form == "float8" else 127.0
             most = top.to(tl.float32, bitcast=True)
             low = tl.zeros_like(most)
             step = _finite_step(low, most, last)
