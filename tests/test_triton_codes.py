@@ -9,7 +9,7 @@ from triton_device import DEVICE
 
 from gradcomp.kernels import reference, triton_codes
 
-# (numel, block): blocks that are and are not powers of 2, several to a tile, one, several tiles to a block; ends anywhere
+# (numel, block): blocks that are powers of 2 and not, several to a tile, one, several tiles to a block; ends anywhere
 SHAPES = [(0, 8), (1, 8), (77, 24), (1000, 0), (4103, 1024), (4100, 1000), (8201, 0), (8207, 4104), (4096, 4096)]
 
 

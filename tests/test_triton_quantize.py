@@ -78,6 +78,12 @@ def test_half_precision_and_unaligned(name: str, options: tuple[float, ...]) -> 
         check_one(name, options, normal(1100).to(dtype)[3:], normal(1100, 1)[1:-2], True)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_large_block_of_one_sign_that_ends_early(sign: float) -> None:
+    values = sign * (1 + normal(8211).abs())
+    check_one("encode_levels", (4, 8200), values, torch.zeros(8211), True)
+
+
 SPECIAL = {
     "zeros": torch.tensor([0.0, -0.0, -0.0]).repeat(16),
     "negative zeros": -torch.zeros(40),

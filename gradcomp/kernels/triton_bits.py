@@ -200,7 +200,9 @@ def _sum_blocks(sums, totals, runs, again: tl.constexpr):
 
 
 @triton.jit
-def _scale_blocks(totals, negatives, scales, status, numel, block, blocks, symmetric: tl.constexpr, width: tl.constexpr):
+def _scale_blocks(
+    totals, negatives, scales, status, numel, block, blocks, symmetric: tl.constexpr, width: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * width + tl.arange(0, width)
     exists = row < blocks
     below = tl.load(totals + 2 * row, mask=exists, other=0.0)

@@ -67,7 +67,14 @@ def _find(packed, found, count, mask, bits: tl.constexpr, width: tl.constexpr):
 
 
 def _launch(
-    out: Tensor, parameters: Tensor, codes: Tensor, form: str, bits: int, block: int, scale: float, addend: Tensor | None
+    out: Tensor,
+    parameters: Tensor,
+    codes: Tensor,
+    form: str,
+    bits: int,
+    block: int,
+    scale: float,
+    addend: Tensor | None,
 ) -> None:
     numel = out.numel()
     if numel:

@@ -37,7 +37,7 @@ _ROUNDER_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _order(values):
-    """Floats in order as integers, -0 below 0, NaN and the infinities outside of all that is finite; its own inverse."""
+    """Floats in order as integers, -0 below 0, NaN and the infinities beyond all that is finite; its own inverse."""
     bits = values.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & MAGNITUDE)
 
@@ -73,9 +73,9 @@ def _measure(
     form: tl.constexpr, has_residual: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     start, offset, inside, row = place(numel, block, tiles, rows, width)
-    exists = row * block < numel
+    exists = tl.max(inside.to(tl.int32), axis=1) > 0  # the last block may end before its last program
     acc = load_acc(grad, residual, start + offset, inside, has_residual)
-    top, bottom = _extremes(acc, inside, exists & (tl.max(inside.to(tl.int32), axis=1) > 0), form)
+    top, bottom = _extremes(acc, inside, exists, form)
     if tl.max(tl.maximum(top, bottom), axis=0) >= INFINITY:
         tl.store(status, 1)
     tl.atomic_max(extremes + 2 * row, top, mask=exists)
@@ -104,14 +104,13 @@ def _encode(
         code = plus + 2 * minus
         value = tau * (plus - minus).to(tl.float32)
     else:
+        last: tl.constexpr = (1 << bits) - 1.0 if form == "levels" else 448.0 if form == "float8" else 127.0
         if form == "levels":
-            last: tl.constexpr = (1 << bits) - 1.0
             low, high = _float(~bottom), _float(top)
             step = _finite_step(low, tl.minimum(high - low, _LARGEST), last)
             tl.store(parameters + 2 * row, low, mask=exists)
             tl.store(parameters + 2 * row + 1, step, mask=exists)
         else:
-            last: tl.constexpr = 448.0 if form == "float8" else 127.0
             most = top.to(tl.float32, bitcast=True)
             low = tl.zeros_like(most)
             step = _finite_step(low, most, last)
@@ -136,7 +135,7 @@ def _encode(
                 code += 127
                 value = step * whole
     pack(codes, tl.where(inside, code & 0xFF, 0), start, block, offset, inside, bits, rows, width)
-    if update:
+    if update:  # noqa: SIM102 - the one is known when this is compiled, the other when it runs
         if tl.load(status) == 0:
             tl.store(residual + start + offset, acc - value, mask=inside & (worst < INFINITY)[:, None])
 
