@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -167,19 +168,27 @@ def encode_signs(
 
 
 def encode_signs_sampled(
-    grad: Tensor, residual: Tensor, tau: float, density: float, weight: float, *, left: Tensor
+    grad: Tensor,
+    residual: Tensor,
+    tau: float,
+    density: float,
+    weight: float,
+    *,
+    left: Tensor,
+    encode: Callable[..., tuple[Tensor, int] | float] | None = None,
 ) -> tuple[Tensor, int, float] | float:
     """:func:`encode_signs`, and the :func:`sample_threshold` of ``weight * grad + left`` afterwards, in one sweep.
 
     Args:
         left: may be ``grad``, of which the values before that count.
+        encode: another backend's :func:`encode_signs`, to be used instead.
 
     Returns:
         The coded index set, how many it names, and that threshold; or a float if acc is not finite.
     """
     stride, count = sample_size(grad.numel(), density)
     sample = grad[::stride].to(torch.float32) * weight
-    found = encode_signs(grad, residual, tau, left=left)
+    found = (encode or encode_signs)(grad, residual, tau, left=left)
     if isinstance(found, float):
         return found
     sample += left[::stride]

@@ -44,7 +44,8 @@ def encode_signs_sampled(
         stride, wanted = reference.sample_size(grad.numel(), density)
         flat, count = native.floats(grad), native.thread_count(threads)
         return native.module.encode_signs_sampled(flat, residual, tau, stride, wanted, weight, left, count)
-    return reference.encode_signs_sampled(grad, residual, tau, density, weight, left=left)
+    # No kernel takes the sample on its way here: it is read apart.
+    return reference.encode_signs_sampled(grad, residual, tau, density, weight, left=left, encode=encode_signs)
 
 
 def encode_largest(
