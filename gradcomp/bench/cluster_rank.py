@@ -37,6 +37,8 @@ _LEAST_ROWS = 2
 # Of the budget: for the steps before those that are timed, and the most that a row of steps may take.
 _WARM_UP_SHARE, _ROW_SHARE = 0.5, 0.25
 _ERROR_BYTES = 300
+# So long may ``auto`` try its candidates before its steps are timed: the longest race there can be is shorter.
+_MOST_TRIALS, _TRIALS_IN_A_ROW = 400, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,12 @@ class _Way:
         if self.method is not None:
             self.method.times_s.clear()
             self.method.stats.clear()
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it is ``auto``, still trying its candidates: the same on all ranks."""
+        sync = None if self.method is None else self.method.sync
+        return sync is not None and "auto" in (stats := sync.stats()) and stats["auto"]["choice"] is None
 
     def row(self, compute_s: Mapping[int, float], over_ranks: Sequence[Tensor]) -> dict[str, Any]:
         """What there is to say; times are of the slowest rank."""
@@ -264,7 +272,10 @@ class _Bench:
             fit = int(_ROW_SHARE * self.job.budget_s / (seconds / count))
             way.in_a_row = max(1, min(self.job.in_a_row, fit))
             if spent_s > _WARM_UP_SHARE * self.job.budget_s:
-                return
+                break
+        while way.error is None and taken < _MOST_TRIALS and way.is_undecided:
+            self._take(way, _TRIALS_IN_A_ROW)
+            taken += _TRIALS_IN_A_ROW
 
     def _time(self, way: _Way, number: int) -> None:
         seconds, used = self._take(way, way.in_a_row)
