@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -105,6 +106,10 @@ class TestSets:
         assert same_bits(out, expected)
 
 
+@pytest.mark.skipif(
+    DEVICE.type == "cpu" and tuple(map(int, version("triton").split(".")[:2])) < (3, 9),
+    reason="the interpreter of Triton before 3.9 hands -0.0 over as 0.0",
+)
 @pytest.mark.parametrize("coding", CODINGS)
 def test_minus_zero_is_added_as_such(coding: Coding) -> None:
     index, negative = uniform(100, 0.3)

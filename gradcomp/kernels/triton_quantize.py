@@ -211,4 +211,5 @@ def encode_float8(grad: Tensor, residual: Tensor | None, block: int, update: boo
 
 def encode_ternary(grad: Tensor, residual: Tensor | None, tau: float, update: bool = False) -> Tensor | float:
     """:func:`gradcomp.kernels.reference.encode_ternary`, bit for bit."""
-    return _finished(grad, residual, "ternary", 2, 0, tau, update)
+    exact = torch.tensor(tau, dtype=torch.float32).item()  # interpreted, a number is not rounded when it is handed over
+    return _finished(grad, residual, "ternary", 2, 0, exact, update)
