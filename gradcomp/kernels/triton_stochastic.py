@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradcomp.kernels.reference_chunks import accumulate, chunks, nonfinite_value
 from gradcomp.kernels.reference_stochastic import stochastic_limit
 from gradcomp.kernels.triton import EXACT, grid
+from gradcomp.kernels.triton_blocks import load_acc, nonfinite_sum
 from gradcomp.kernels.triton_random import draw, new_stream
 
 __all__ = ["add_powers", "encode_powers", "encode_stochastic", "sweep_powers", "sweep_stochastic"]
@@ -36,14 +36,6 @@ _MANTISSA: tl.constexpr = tl.constexpr(0x7FFFFF)
 _TINY: tl.constexpr = tl.constexpr(0x00800000)  # the bits of the smallest normal number
 _CHANCE: tl.constexpr = tl.constexpr(2.0**-16)
 _HALF_CHANCE: tl.constexpr = tl.constexpr(2.0**-17)
-
-
-@triton.jit
-def _accumulated(grad, residual, at, inside, has_residual: tl.constexpr):
-    acc = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    if has_residual:
-        acc = tl.load(residual + at, mask=inside, other=0.0) + acc
-    return acc
 
 
 @triton.jit
@@ -124,7 +116,7 @@ def _encode_once(
     rows: tl.constexpr = tile // block
     start = tl.program_id(0).to(tl.int64) * tile
     at = start + tl.arange(0, tile)
-    acc = _accumulated(grad, residual, at, at < numel, has_residual)
+    acc = load_acc(grad, residual, at, at < numel, has_residual)
     largest = tl.max(tl.reshape(_bits(acc) & _MAGNITUDE, (rows, block)), axis=1)
     if tl.max(largest, axis=0) >= _INFINITY:
         tl.store(found, 1)  # whichever program comes first: all write the same
@@ -162,7 +154,7 @@ def _find_largest(
     first = which * block
     start = tl.multiple_of(first + (row - which * parts) * width, [8])
     at = start[:, None] + tl.arange(0, width)[None, :]
-    acc = _accumulated(grad, residual, at, at < tl.minimum(first + block, numel)[:, None], has_residual)
+    acc = load_acc(grad, residual, at, at < tl.minimum(first + block, numel)[:, None], has_residual)
     most = tl.max(_bits(acc) & _MAGNITUDE, axis=1)
     _keep_largest(largest, found, most, which, first < numel, alone)
 
@@ -181,7 +173,7 @@ def _sum_runs(
     most = tl.zeros((rows, 16), tl.int32)
     for step in range(steps):
         at = start[:, None] + 16 * step + tl.arange(0, 16)[None, :]
-        acc = _accumulated(grad, residual, at, at < end, has_residual)
+        acc = load_acc(grad, residual, at, at < end, has_residual)
         most = tl.maximum(most, _bits(acc) & _MAGNITUDE)
         wide = acc.to(tl.float64)
         lanes += wide * wide
@@ -230,7 +222,7 @@ def _encode_scaled(
     if tl.load(found) == 0:
         start = tl.program_id(0).to(tl.int64) * tile
         at = start + tl.arange(0, tile)
-        acc = _accumulated(grad, residual, at, at < numel, has_residual)
+        acc = load_acc(grad, residual, at, at < numel, has_residual)
         scale = _of_blocks(scales, start, numel, block, tile)
         inverse = _of_blocks(inverses, start, numel, block, tile)
         half = draw(stream, start // 64, tile // 64)
@@ -270,7 +262,7 @@ def encode_stochastic(
     """:func:`gradcomp.kernels.reference.encode_stochastic`, bit for bit."""
     stream = new_stream(key, step, grad.device)
     payload, found = sweep_stochastic(grad, residual, levels, block, norm, clip, stream, update)
-    return _nonfinite(grad, residual) if bool(found) else payload
+    return nonfinite_sum(grad, residual) if bool(found) else payload
 
 
 def encode_powers(
@@ -278,7 +270,7 @@ def encode_powers(
 ) -> Tensor | float:
     """:func:`gradcomp.kernels.reference.encode_powers`, bit for bit."""
     payload, found = sweep_powers(grad, residual, block, new_stream(key, step, grad.device), update)
-    return _nonfinite(grad, residual) if bool(found) else payload
+    return nonfinite_sum(grad, residual) if bool(found) else payload
 
 
 def add_powers(
@@ -389,8 +381,3 @@ def _measure(
         largest, sums, scales, inverses, numel, block, runs, l2, clip, levels, limit, _BLOCKS, num_warps=1, **EXACT
     )
     return inverses
-
-
-def _nonfinite(grad: Tensor, residual: Tensor | None) -> float:
-    """NaN or the infinity that acc holds."""
-    return sum(nonfinite_value(accumulate(grad, residual, part, None)) for part in chunks(grad.numel(), grad.device))
