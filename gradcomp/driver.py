@@ -76,7 +76,8 @@ class Driver:
             GradcompError: what an exchange failed with.
         """
         while not self._idle.wait(1.0):
-            self._check_alive()
+            with self._transport.arrival:
+                self._check_alive()
         with self._transport.arrival:
             self._check()
         self.lane.join()
@@ -105,6 +106,7 @@ class Driver:
 
     def _check_alive(self) -> None:
         if not self._thread.is_alive():
+            self._check()  # it says what it fails with before it ends
             raise TransportError("the exchange thread is gone")
 
     def _check(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import zygote
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,14 +27,6 @@ OPTIONS = json.loads(sys.argv[1])
 def say(**fields):
     print(json.dumps(fields), flush=True)
 """
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def run_script(

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import free_port, run_script
+from ports import free_port
+from processes import run_script
 from ranks import attach, batch, outcomes, parameters_of, run_ranks, small_net
 from torch import Tensor, nn
 

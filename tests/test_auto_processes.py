@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from processes import free_port, run_script
+from ports import free_port
+from processes import run_script
 
 SCRIPT = """
 import datetime

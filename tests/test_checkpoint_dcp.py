@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from ranks import run_ranks, small_net
 from test_checkpoint import Run, alone, edit
 from zygote import Popen
@@ -141,7 +142,7 @@ class TestDCP:
 
 # Runs a script several times, each time as so many ranks: children of one process that has imported what takes long.
 RANKS = """
-import json, os, runpy, socket, sys, traceback, warnings
+import json, os, runpy, sys, traceback, warnings
 warnings.simplefilter("ignore")
 import torch, torch.distributed.checkpoint
 import gradcomp, gradcomp.transports.zmq
@@ -155,10 +156,7 @@ def be(rank, world_size, port, output, script, arguments):
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
-for output, world_size, script, *arguments in json.loads(sys.argv[1]):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+for output, port, world_size, script, *arguments in json.loads(sys.argv[1]):
     children = []
     for rank in range(world_size):
         children.append(os.fork())
@@ -180,7 +178,9 @@ def run_scripts(folder: Path, runs: list[tuple[int, list[str]]], *imports: str) 
     """The lines that each rank of each run prints. A run is the number of ranks and the script with its arguments."""
     launcher = folder / "launcher.py"
     launcher.write_text(RANKS)
-    plan = [[str(folder / f"out-{i}"), world_size, *command] for i, (world_size, command) in enumerate(runs)]
+    plan = [
+        [str(folder / f"out-{i}"), free_port(), world_size, *command] for i, (world_size, command) in enumerate(runs)
+    ]
     arguments = [sys.executable, str(launcher), json.dumps(plan), *imports]
     with Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from ranks import attach, parameters_of, run_ranks
 from torch import Tensor, nn
 from training import filled, noise, sgd, zmq_world
@@ -337,10 +337,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.gpu
 def test_sync_batch_norm_is_batch_norm_over_the_union_of_the_batches(tmp_path: Path) -> None:
     """torch has it on CUDA only; its statistics go over the process group, the gradients over ours."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", SYNC_BATCH_NORM]
     processes = [
         subprocess.Popen([*command, str(rank), str(tmp_path)], env=env | {"RANK": str(rank)}) for rank in range(2)

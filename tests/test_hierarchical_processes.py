@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from namespaces import ip, two_hosts
+from ports import free_port
 from zygote import Popen
 
 DEADLINE_S = 240  # four processes import torch first, perhaps on a busy machine
@@ -81,13 +81,6 @@ def processes() -> Iterator[list[Popen]]:
     for process in started:
         process.kill()
         process.communicate(timeout=DEADLINE_S)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_processes(script: Path, processes: list[Popen]) -> None:

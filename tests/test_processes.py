@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import zygote
+from ports import free_port
 
 DEADLINE_S = 90
 # Rank 0..n-1 train until something goes wrong; each prints one line when training runs, one when it failed.
@@ -52,9 +52,7 @@ class Ranks:
 
     def __init__(self, script: Path) -> None:
         self._script = script
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.processes: list[zygote.Popen] = []
 
     def start(self, rank: int, world_size: int, **options: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import free_port
+from ports import free_port
 from zygote import Popen, run
 
 DEADLINE_S = 120.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import free_port
+from ports import free_port
 from ranks import run_ranks, small_net, train_step
 from served import Hub, attach, connect
 from torch import nn

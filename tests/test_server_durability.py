@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ROOT, Process, free_port, until
+from ports import free_port
+from processes import ROOT, Process, until
 from server_network import gradients, linked, same, side
 from server_network import join as join_over
 from server_sides import Side, admit, ask

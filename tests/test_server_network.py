@@ -18,7 +18,8 @@ import torch
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import free_port, until
+from ports import free_port
+from processes import until
 from relay import Relay
 from server_network import ask, gradients, in_threads, join, linked, same, serving, side, work
 from server_sides import ListJournal

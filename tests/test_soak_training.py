@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import Process, free_port, until
+from ports import free_port
+from processes import Process, until
 
 from gradcomp.errors import GradcompError
 from gradcomp.integrations.serve import look

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from ports import free_port
 
 import gradcomp.registry
 from gradcomp.errors import ConfigError, HandshakeError, PacketError, PeerLost, TransportError, TransportTimeout
@@ -17,14 +17,6 @@ from gradcomp.transports.inproc import InprocTransport
 from gradcomp.transports.mailbox import Mailbox
 from gradcomp.transports.torch_distributed import GlooTransport, NcclTransport
 from gradcomp.transports.zmq import ZmqTransport
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
 
 MASTER = f"127.0.0.1:{free_port()}"
 

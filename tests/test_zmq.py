@@ -17,6 +17,7 @@ import pytest
 import xxhash
 import zmq
 import zygote
+from ports import free_port
 
 from gradcomp.errors import ConfigError, HandshakeError, PeerLost, TransportError, TransportTimeout
 from gradcomp.handshake import pack
@@ -25,14 +26,6 @@ from gradcomp.testing_transport import run_ranks
 from gradcomp.transports.frames import BYE_SEEN, DATA, HELLO, MAX_CHUNK_BYTES, Header, digest_payload, pack_header
 from gradcomp.transports.rendezvous import Meeting, Record
 from gradcomp.transports.zmq import ZmqTransport
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
 
 PORT = free_port()
 _runs = iter(range(1000))

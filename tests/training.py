@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from ports import free_port
 from ranks import attach
 from torch import Tensor, nn
 
@@ -93,9 +93,7 @@ def perceptron() -> nn.Module:
 
 def zmq_world(**options: Any) -> list[ZmqTransport]:
     """Transports of two ranks that meet on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        master = f"127.0.0.1:{free.getsockname()[1]}"
+    master = f"127.0.0.1:{free_port()}"
     return [ZmqTransport(rank=rank, world_size=2, master=master, timeout_s=30.0, **options) for rank in range(2)]
 
 
