@@ -7,13 +7,13 @@ included, and the copies to or from it that were queued are over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-__all__ = ["Lane", "joins", "on", "page_locked", "to_device", "to_host"]
+__all__ = ["Lane", "joins", "on", "page_locked", "short_tensor", "to_device", "to_host", "uses"]
 
 
 class Lane:
@@ -22,7 +22,8 @@ class Lane:
     Everything queued here begins by waiting for a :meth:`mark` of the training's stream, and that waits for all of it
     (:meth:`join`) before it uses the results. So memory that either of them frees is never written while the other
     still reads it, although the allocator knows nothing of it; nor memory that changes sides, as a gradient's that
-    becomes a residual. A mark covers the stream that is current when a bucket is complete: gradients that one backward
+    becomes a residual. What is let go of between a mark and the next :meth:`join`, by another side than the one that
+    allocated it, is not covered by that: :func:`uses` is for it. A mark covers the stream that is current when a bucket is complete: gradients that one backward
     pass makes on several streams must be exchanged with ``when="step"``.
     """
 
@@ -65,6 +66,16 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def uses(*tensors: Tensor) -> None:
+    """What the current stream was given reads ``tensors``, which another one may have allocated and nobody may keep.
+
+    On CUDA their memory is then not used again before it has done so.
+    """
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 def joins(device: torch.device) -> bool:
     """Whether what moves between ``device`` and the host is best moved as one."""
     return device.type == "cuda"
@@ -97,3 +108,10 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def short_tensor(
+    values: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """A few numbers on ``device``; unlike ``torch.tensor(values, device=device)`` it does not wait for the stream."""
+    return to_device(torch.tensor(values, dtype=dtype), device)

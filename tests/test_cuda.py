@@ -19,8 +19,11 @@ from training import filled, noise, sgd, zmq_world
 
 import gradcomp
 from gradcomp import testing_transport
-from gradcomp.compressors.threshold import Threshold
+from gradcomp.driver import Driver
+from gradcomp.errors import GradientError
 from gradcomp.lanes import Lane, to_device, to_host
+from gradcomp.telemetry import StepRecord
+from gradcomp.work import BucketWork
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COMPRESSORS = [
@@ -267,6 +270,32 @@ def test_ranks_agree_over_zmq(spec: str, where: tuple[str, str], exchange: str) 
 
 
 class TestStreams:
+    def test_ranks_that_are_threads_run_their_own_backward_passes(self) -> None:
+        """On one GPU a thread of torch's would else run all of them, and wait in one for the other."""
+        assert run_ranks(2, lambda _: torch.autograd.is_multithreading_enabled()) == [False, False]
+        assert torch.autograd.is_multithreading_enabled()
+
+    def test_after_an_error_the_training_waits_for_what_was_queued_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        joined = []
+        monkeypatch.setattr(Lane, "join", joined.append)
+
+        def rank_main(transport: Any) -> None:
+            transport.connect({}, max_message_bytes=1)
+            driver = Driver(transport, Lane(torch.device("cpu")))
+
+            def fails() -> Iterator[Any]:
+                raise GradientError("no")
+                yield
+
+            driver.submit(fails(), StepRecord())  # type: ignore[arg-type]
+            for wait in (driver.drain, lambda: driver.wait_until(lambda: False)):
+                with pytest.raises(GradientError):
+                    wait()
+            driver.stop()
+
+        run_ranks(1, rank_main)
+        assert len(joined) == 2
+
     def test_on_the_cpu_there_is_none(self) -> None:
         lane = Lane(torch.device("cpu"))
         assert lane.mark() is None
@@ -277,13 +306,13 @@ class TestStreams:
     @pytest.mark.gpu
     def test_the_exchange_has_one_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = set()
-        real = Threshold.encode
+        real = BucketWork.encode
 
-        def encode(self: Any, grad: Tensor, state: Any = None) -> Any:
-            seen.add(torch.cuda.current_stream(grad.device).cuda_stream)
-            return real(self, grad, state)
+        def encode(self: Any, pieces: Any) -> Any:
+            seen.add(torch.cuda.current_stream().cuda_stream)
+            return real(self, pieces)
 
-        monkeypatch.setattr(Threshold, "encode", encode)
+        monkeypatch.setattr(BucketWork, "encode", encode)
         run_ranks(2, lambda transport: train(transport, "cuda", 2, exchange="all_gather"))
         assert seen
         assert torch.cuda.default_stream().cuda_stream not in seen
