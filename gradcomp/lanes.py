@@ -22,9 +22,9 @@ class Lane:
     Everything queued here begins by waiting for a :meth:`mark` of the training's stream, and that waits for all of it
     (:meth:`join`) before it uses the results. So memory that either of them frees is never written while the other
     still reads it, although the allocator knows nothing of it; nor memory that changes sides, as a gradient's that
-    becomes a residual. What is let go of between a mark and the next :meth:`join`, by another side than the one that
-    allocated it, is not covered by that: :func:`uses` is for it. A mark covers the stream that is current when a bucket is complete: gradients that one backward
-    pass makes on several streams must be exchanged with ``when="step"``.
+    becomes a residual. Memory of one side's that the other lets go of between a mark and the next join is not covered
+    by that: :func:`uses` is for it. A mark covers the stream that is current when a bucket is complete: gradients that
+    one backward pass makes on several streams must be exchanged with ``when="step"``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -110,8 +110,6 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def short_tensor(
-    values: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.int64
-) -> Tensor:
+def short_tensor(values: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
     """A few numbers on ``device``; unlike ``torch.tensor(values, device=device)`` it does not wait for the stream."""
     return to_device(torch.tensor(values, dtype=dtype), device)

@@ -276,8 +276,8 @@ class TestStreams:
         assert torch.autograd.is_multithreading_enabled()
 
     def test_after_an_error_the_training_waits_for_what_was_queued_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        joined = []
-        monkeypatch.setattr(Lane, "join", joined.append)
+        joined: list[Lane] = []
+        monkeypatch.setattr(Lane, "join", lambda self: joined.append(self))
 
         def rank_main(transport: Any) -> None:
             transport.connect({}, max_message_bytes=1)
