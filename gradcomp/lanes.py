@@ -2,13 +2,16 @@
 
 Page-locked memory comes from torch's own allocator, which keeps what was freed for the next time: no more is ever
 locked than was in use at once, rounded up. A block is free once nobody holds it, a transport that sends from it
-included, and the copies to or from it that were queued are over.
+included, and the copies to or from it that were queued are over. Where a system lets no more memory be locked, which
+the log then says once, memory as it is takes its place: copies are slower, and the host waits for them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -83,7 +86,7 @@ def joins(device: torch.device) -> bool:
 
 def page_locked(data: memoryview) -> Tensor:
     """A copy of ``data``, uint8, in host memory that CUDA copies from while the host goes on."""
-    host = torch.empty(len(data), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    host = _host_memory(torch.Size([len(data)]), torch.uint8)
     host.numpy().data[:] = data
     return host
 
@@ -95,7 +98,7 @@ def to_host(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type != "cuda":
         return tensor.cpu()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = _host_memory(tensor.shape, tensor.dtype)
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(tensor.device))
@@ -107,9 +110,28 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """``tensor`` on ``device``; to CUDA through page-locked memory, without waiting for the copy."""
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if not tensor.is_pinned():
+        tensor = _host_memory(tensor.shape, tensor.dtype).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 def short_tensor(values: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
     """A few numbers on ``device``; unlike ``torch.tensor(values, device=device)`` it does not wait for the stream."""
     return to_device(torch.tensor(values, dtype=dtype), device)
+
+
+def _host_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Page-locked, where there is CUDA and the system lets it be."""
+    if torch.cuda.is_available():
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            _say_not_locked(str(error).partition("\n")[0])
+    return torch.empty(shape, dtype=dtype)
+
+
+@cache
+def _say_not_locked(reason: str) -> None:
+    logging.getLogger("gradcomp").warning(
+        "no host memory can be page-locked: copies from and to the GPU are slower (%s)", reason
+    )

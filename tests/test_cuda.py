@@ -21,7 +21,7 @@ import gradcomp
 from gradcomp import testing_transport
 from gradcomp.driver import Driver
 from gradcomp.errors import GradientError
-from gradcomp.lanes import Lane, to_device, to_host
+from gradcomp.lanes import Lane, _say_not_locked, page_locked, to_device, to_host
 from gradcomp.telemetry import StepRecord
 from gradcomp.work import BucketWork
 
@@ -86,6 +86,23 @@ class TestSameBitsAsOnTheCpu:
         assert host.device.type == "cpu"
         assert host.is_pinned() == (device == "cuda")
         assert torch.equal(to_device(host, device), tensor)
+
+
+def test_where_no_memory_can_be_locked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    real = torch.empty
+
+    def refuse(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    _say_not_locked.cache_clear()
+    for _ in range(2):
+        assert bytes(page_locked(memoryview(b"abc")).tolist()) == b"abc"
+    [record] = caplog.records
+    assert "out of memory" in record.message
 
 
 def over_zmq(function: Callable[[Any], Any]) -> list[Any]:
