@@ -157,8 +157,6 @@ def measure_hook(rows: Tensor, repeats: int, layout: Layout) -> Row:
     buffer = rows[0].clone()
     tensors = layout.cut(buffer)
     with torch_hook.powersgd_hook(buffer, tensors) as call:
-        buffer.copy_(rows[0])
-        call()
         lost, nbytes = _lost(layout.cut(rows[0]), tensors), torch_hook.sent_nbytes(tensors)
         passes = _Passes(rows[0], repeats)
         encode_passes, pass_ms = passes.of(call)

@@ -1,9 +1,14 @@
-"""torch's own PowerSGD, as DistributedDataParallel runs it: its communication hook, in a process group of one rank."""
+"""torch's own PowerSGD, as DistributedDataParallel runs it: its communication hook, on a rank that is alone.
+
+There is no process group: an all-reduce of one rank's has nothing to do, and the hook's three, which follow each other
+from one callback to the next, have been seen to crash over Gloo.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,6 +18,28 @@ __all__ = ["NAME", "can_run", "powersgd_hook", "sent_nbytes"]
 
 NAME = "torch powerSGD_hook rank 2"
 _RANK = 2
+
+
+class _Alone:
+    """A group of one rank."""
+
+    def size(self) -> int:
+        return 1
+
+
+class _Done:
+    """An all-reduce that is over."""
+
+    def __init__(self, tensor: Tensor, group: object = None, *, async_op: bool = True) -> None:
+        self._tensor = tensor
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        device = self._tensor.device
+        future: torch.futures.Future[list[Tensor]] = torch.futures.Future(
+            devices=[device] if device.type == "cuda" else None
+        )
+        future.set_result([self._tensor])
+        return future
 
 
 class _Bucket:
@@ -51,7 +78,7 @@ def sent_nbytes(tensors: Sequence[Tensor]) -> int:
 
 @contextmanager
 def powersgd_hook(buffer: Tensor, tensors: Sequence[Tensor]) -> Iterator[Callable[[], object]]:
-    """What encodes the gradients in ``buffer`` and writes what is decoded in their place, all in one.
+    """What encodes the gradients in ``buffer`` and writes what is decoded in their place, all in one: done once already.
 
     Args:
         buffer: flat float32.
@@ -60,18 +87,13 @@ def powersgd_hook(buffer: Tensor, tensors: Sequence[Tensor]) -> Iterator[Callabl
     # Imported here: it is slow, and not there in a torch without torch.distributed.
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as hooks
 
-    backend = "nccl" if buffer.is_cuda else "gloo"
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
-        state = hooks.PowerSGDState(None, matrix_approximation_rank=_RANK, start_powerSGD_iter=2)
-        bucket = _Bucket(tensors, buffer)
+    state = hooks.PowerSGDState(_Alone(), matrix_approximation_rank=_RANK, start_powerSGD_iter=2)
+    bucket = _Bucket(tensors, buffer)
 
-        def call() -> object:
-            return hooks.powerSGD_hook(state, bucket).wait()  # type: ignore[arg-type]
+    def call() -> object:
+        return hooks.powerSGD_hook(state, bucket).wait()  # type: ignore[arg-type]
 
-        for _ in range(3):  # the first two are all-reduced as they are, the third makes its memory
+    with patch.object(dist, "all_reduce", _Done):
+        for _ in range(3):  # the first two leave the gradients as they are
             call()
         yield call
-    finally:
-        dist.destroy_process_group()

@@ -118,9 +118,9 @@ class PowerSGD(LinearCompressor):
         total_q = yield own_q.view(-1)
         if not kernels.all_finite(total_q):
             return _both_nonfinite(total_q, flat)
-        own = pack_factors(basis, own_q)
+        packet = pack_factors(basis, own_q)
         alone = total_q.data_ptr() == own_q.data_ptr()
-        return own, own if alone else pack_factors(basis, total_q.view(rank, columns))
+        return packet, packet if alone else pack_factors(basis, total_q.view(rank, columns))
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         self.commit_sum(grad, packet, packet, state)
