@@ -19,9 +19,13 @@ from training import filled, noise, sgd, zmq_world
 
 import gradcomp
 from gradcomp import testing_transport
+from gradcomp.compressors.randomk import _choose
 from gradcomp.driver import Driver
 from gradcomp.errors import GradientError
+from gradcomp.gradients import ViewedGradients
+from gradcomp.hosts import HostSums
 from gradcomp.lanes import Lane, _say_not_locked, page_locked, to_device, to_host
+from gradcomp.products import Product, Products
 from gradcomp.telemetry import StepRecord
 from gradcomp.work import BucketWork
 
@@ -312,6 +316,29 @@ class TestStreams:
 
         run_ranks(1, rank_main)
         assert len(joined) == 2
+
+    def test_factors_from_inside_a_host_are_marked_as_used_between_hosts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are let go of there while the next bucket is added up inside, on a stream of its own."""
+        used: list[Tensor] = []
+        monkeypatch.setattr(gradcomp.hosts, "uses", lambda *tensors: used.extend(tensors))
+        product = Product(torch.ones(2, 3), torch.ones(2, 4))
+        sums = HostSums(ViewedGradients([], Products()), {0: product})
+        assert sums.product(1, torch.ones(3, 4), 0, 12) is None
+        assert sums.product(0, torch.ones(3, 4), 0, 12) is not None
+        assert [tensor.data_ptr() for tensor in used] == [tensor.data_ptr() for tensor in product]
+
+    @pytest.mark.gpu
+    def test_a_random_choice_that_another_stream_makes_is_waited_for(self) -> None:
+        device = torch.device("cuda", 0)
+        for step in range(2, 6):
+            expected = _choose(1, step, 100_000, 1000, torch.device("cpu"))
+            first, second = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            for stream in (first, second):
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(2_000_000)
+                    found = [part.clone() for part in _choose(1, step, 100_000, 1000, device)]
+                    # Copied to the host by the stream that read it, which knows nothing of the other one.
+                    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
     def test_on_the_cpu_there_is_none(self) -> None:
         lane = Lane(torch.device("cpu"))

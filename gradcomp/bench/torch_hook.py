@@ -78,7 +78,7 @@ def sent_nbytes(tensors: Sequence[Tensor]) -> int:
 
 @contextmanager
 def powersgd_hook(buffer: Tensor, tensors: Sequence[Tensor]) -> Iterator[Callable[[], object]]:
-    """What encodes the gradients in ``buffer`` and writes what is decoded in their place, all in one: done once already.
+    """What encodes the gradients in ``buffer`` and writes what is decoded in their place. Done once already.
 
     Args:
         buffer: flat float32.
