@@ -91,7 +91,7 @@ def powersgd_hook(buffer: Tensor, tensors: Sequence[Tensor]) -> Iterator[Callabl
     bucket = _Bucket(tensors, buffer)
 
     def call() -> object:
-        return hooks.powerSGD_hook(state, bucket).wait()  # type: ignore[arg-type]
+        return hooks.powerSGD_hook(state, bucket).wait()
 
     with patch.object(dist, "all_reduce", _Done):
         for _ in range(3):  # the first two leave the gradients as they are
