@@ -75,12 +75,14 @@ class Driver:
         Raises:
             GradcompError: what an exchange failed with.
         """
-        while not self._idle.wait(1.0):
+        try:
+            while not self._idle.wait(1.0):
+                with self._transport.arrival:
+                    self._check_alive()
             with self._transport.arrival:
-                self._check_alive()
-        with self._transport.arrival:
-            self._check()
-        self.lane.join()
+                self._check()
+        finally:
+            self.lane.join()  # after an error, too: gradients that are let go of then may still be read, or written to
 
     def wait_until(self, there: Callable[[], bool]) -> None:
         """Wait for something that an exchange under way, or a message that comes in, makes true.
@@ -88,12 +90,14 @@ class Driver:
         Raises:
             GradcompError: what an exchange failed with.
         """
-        with self._transport.arrival:
-            while not there() and self._error is None and not self._stopped:
-                self._check_alive()
-                self._transport.arrival.wait(1.0)
-            self._check()
-        self.lane.join()
+        try:
+            with self._transport.arrival:
+                while not there() and self._error is None and not self._stopped:
+                    self._check_alive()
+                    self._transport.arrival.wait(1.0)
+                self._check()
+        finally:
+            self.lane.join()
 
     def stop(self) -> None:
         """End the thread; what is under way is dropped."""

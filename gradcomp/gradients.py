@@ -170,6 +170,7 @@ class HeldGradients(_WatchedGradients):
             GradientError: it was changed since backward.
         """
         self._look()
+        self._ownership.end_step()
         for position in self._given:
             self._tensors[position].grad = None
 

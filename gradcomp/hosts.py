@@ -18,7 +18,7 @@ from gradcomp.errors import HandshakeError, PacketError, PeerLost, TransportErro
 from gradcomp.gradients import Gradients
 from gradcomp.host_products import HostProducts
 from gradcomp.interfaces import MY_TURN, Buffer, Incoming, Levels, Slot
-from gradcomp.lanes import to_device, to_host
+from gradcomp.lanes import to_device, to_host, uses
 from gradcomp.products import Handout, Product
 
 __all__ = ["Host", "HostSums", "at_level"]
@@ -97,7 +97,9 @@ class HostSums(Gradients):
         if self._alone:
             return self._own.product(position, grad, start, stop)
         handout = self._products.get(position)
-        return None if handout is None else handout.take(start, stop)
+        product = None if handout is None else handout.take(start, stop)
+        uses(*(product or ()))  # it was made inside the host, where the next bucket's already are
+        return product
 
     def may_use_up(self, position: int) -> bool:
         return position not in self._beside and self._own.may_use_up(position)

@@ -104,7 +104,7 @@ def _nonfinite(packet: Packet) -> None:
 
 def _factors(packet: Packet) -> None:
     _expect_zero(packet, "count", "coding", "bits", "block", "scalar")
-    columns, rank = _read_head(packet, "<QQ")
+    columns, rank = head = _read_head(packet, "<QQ")
     rows = _rows(packet, columns)
     if not 1 <= rank <= min(rows, columns):
         raise PacketError(f"packet has factors of rank {rank} for a matrix of {rows} by {columns}")
@@ -112,6 +112,7 @@ def _factors(packet: Packet) -> None:
     _expect_smaller_than_dense(packet, nbytes)
     _expect_payload(packet, nbytes)
     _expect_finite(packet, nbytes, _HEAD_NBYTES)
+    object.__setattr__(packet, "_head", head)
 
 
 def _spectrum(packet: Packet) -> None:

@@ -2,16 +2,17 @@
 
 A residual that is written where the gradient was, and a gradient that is then built where the residual was, save a pass
 over both. But the memory must not be looked at from elsewhere: as part of a larger buffer, by another process, or by
-somebody who keeps gradients from step to step (``zero_grad(set_to_none=False)``).
+somebody who keeps it from step to step: gradients (``zero_grad(set_to_none=False)``), or memory that a backward pass
+writes its gradients to every time, such as that of ``torch.cuda.make_graphed_callables``.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["Ownership"]
 
@@ -25,16 +26,20 @@ class Ownership:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._kept: list[weakref.ref[Tensor] | None] = [None] * len(tensors)
+        # Of each one's last gradient; it keeps no memory, but no other storage is taken for it.
+        self._last: list[StorageWeakRef | None] = [None] * len(tensors)
         self.end_step()
 
     def end_step(self) -> None:
-        """Remember the gradients there are: one that is still the same object in the next step is kept by somebody."""
+        """Remember the gradients' memory: what is there again in the next step is kept by somebody."""
         for i, tensor in enumerate(self._tensors):
-            self._kept[i] = None if tensor.grad is None else weakref.ref(tensor.grad)
+            if type(tensor.grad) is Tensor and tensor.grad.layout == torch.strided:
+                self._last[i] = StorageWeakRef(tensor.grad.untyped_storage())  # type: ignore[no-untyped-call]
 
     def may_use_up(self, position: int) -> bool:
         """Whether backward made this gradient anew, in memory of its own, as contiguous float32.
+
+        Never the first one, of which nobody can tell whether the next will lie there again.
 
         On CUDA its memory then changes between the streams of training and exchange; see :class:`gradcomp.lanes.Lane`.
         """
@@ -45,7 +50,8 @@ class Ownership:
             return False
         if grad.device.type == "cpu" and grad.is_shared():  # type: ignore[no-untyped-call]
             return False  # CUDA's memory always says that it is
-        kept = self._kept[position]
-        if kept is not None and kept() is grad:
+        last = self._last[position]
+        if last is None or type(grad) is not Tensor:
             return False
-        return type(grad) is Tensor and grad.untyped_storage().nbytes() == 4 * grad.numel()
+        storage = grad.untyped_storage()
+        return storage._cdata != last.cdata and storage.nbytes() == 4 * grad.numel()

@@ -57,6 +57,8 @@ class Packet:
     # The decoded index set, where it is known, and whether the content was checked; so that neither is done twice.
     _index_set: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _checked: bool = field(default=False, repr=False)
+    # The numbers that a FACTORS payload begins with, where they are known: a device would have to be waited for.
+    _head: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         payload = self.payload

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradcomp.hooks import after_gradient
 from gradcomp.kernels.random import philox
+from gradcomp.lanes import uses
 
 __all__ = ["Handout", "Product", "Products", "is_product", "saves"]
 
@@ -282,9 +283,7 @@ def _rows_of(inputs: Tensor) -> int:
 def _join(kept: list[Product], grad: Tensor) -> Product | None:
     """All rows, in memory of their own; None if they do not make ``grad``."""
     rows, columns = grad.shape
-    for tensor in (tensor for product in kept for tensor in product):
-        if tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    uses(*(tensor for product in kept for tensor in product))  # backward's, which goes on
     joined = Product(
         torch.cat([product.errors.reshape(-1, rows) for product in kept]).to(torch.float32),
         torch.cat([product.inputs.reshape(-1, columns) for product in kept]).to(torch.float32),

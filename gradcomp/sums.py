@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradcomp.errors import PacketError
 from gradcomp.interfaces import Buffer, Incoming, Slot, Transport
+from gradcomp.lanes import to_device, to_host
 
 __all__ = ["ordered_sum", "sum_over_ranks"]
 
@@ -35,10 +36,10 @@ def sum_over_ranks(
     """
     rank, world_size = transport.rank, transport.world_size
     others = [(rank + turn) % world_size for turn in range(1, world_size)]
-    local = mine.cpu().to(dtype)
+    local = to_host(mine).to(dtype)
     if one_trip or not others:
         total = yield from _sum_of(transport, slot, local, dict.fromkeys(others, local), divisor)
-        return total.to(mine.device, torch.float32)
+        return to_device(total.to(torch.float32), mine.device)
     cuts = [local.numel() * i // world_size for i in range(world_size + 1)]
     parts = [local[start:stop] for start, stop in pairwise(cuts)]
     own = yield from _sum_of(transport, slot, parts[rank], {peer: parts[peer] for peer in others}, divisor)
@@ -48,7 +49,7 @@ def sum_over_ranks(
     incoming = {peer: transport.recv(peer, second) for peer in others}
     yield list(incoming.values())
     sums = [own if i == rank else _values(incoming[i], parts[i]) for i in range(world_size)]
-    return torch.cat(sums).to(mine.device, torch.float32)
+    return to_device(torch.cat(sums).to(torch.float32), mine.device)
 
 
 def ordered_sum(parts: Iterable[Tensor], dtype: torch.dtype, divisor: int) -> Tensor:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from gradcomp.errors import HandshakeError, PeerLost, TransportError, TransportTimeout
 from gradcomp.interfaces import Buffer, Slot, Transport
@@ -62,6 +63,9 @@ def run_ranks(
 ) -> list[T]:
     """Run ``body`` for every transport in a thread of its own, and close them all.
 
+    Each thread runs its own backward passes. Else all on one GPU were run by a single thread of torch's: a rank that
+    waits in the end of its pass for the others would keep them from ever coming to theirs.
+
     Returns:
         What the bodies returned, in the order of ``transports``.
 
@@ -74,7 +78,8 @@ def run_ranks(
 
     def run(index: int) -> None:
         try:
-            results[index] = body(transports[index])
+            with torch.autograd.set_multithreading_enabled(False):
+                results[index] = body(transports[index])
         except BaseException as error:
             errors[index] = error
         finally:

@@ -72,8 +72,8 @@ class Outlook:
         if not piece.codec.stateless or not packet.numel:
             return True
         # These carry any value, and it is their sums that are looked at in the end.
-        low, high = torch.aminmax(piece.codec.decompress(packet))
-        return -self._most <= low.item() and high.item() <= self._most
+        low, high = torch.stack(torch.aminmax(piece.codec.decompress(packet))).tolist()
+        return bool(-self._most <= low and high <= self._most)
 
 
 class Verdict:

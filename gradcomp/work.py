@@ -19,6 +19,7 @@ from gradcomp import kernels
 from gradcomp.bucket import Bucket, Parameter, Piece
 from gradcomp.gradients import Gradients
 from gradcomp.interfaces import MY_TURN, Buffer, Commit, Compressor, Incoming, Slot, State, Transport, Work
+from gradcomp.lanes import short_tensor
 from gradcomp.memory import empty_floats
 from gradcomp.message import Head, Message, on_any_rank
 from gradcomp.packet import Packet
@@ -266,7 +267,7 @@ class BucketWork(Work):
 
     def _count_present(self) -> Rounds[set[int]]:
         """The parameters that any rank has a gradient for: how many ranks do is one more sum."""
-        ranks = yield torch.tensor(self._present, dtype=torch.float32, device=self._device)
+        ranks = yield short_tensor(self._present, self._device, torch.float32)
         return {p for p, count in zip(self.bucket.parameters, ranks.tolist(), strict=True) if count}
 
     def _note(self, piece: Piece, row: dict[str, float]) -> None:

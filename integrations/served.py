@@ -29,6 +29,7 @@ from gradcomp.integrations.closures import refuse_closure
 from gradcomp.integrations.served_gradients import ServedGradients
 from gradcomp.integrations.served_links import ServedLinks, new_incarnation
 from gradcomp.integrations.served_shard import ServedShard
+from gradcomp.lanes import on
 from gradcomp.options import check_choice
 from gradcomp.registry import Spec
 from gradcomp.rules import Choice
@@ -103,7 +104,7 @@ class Served(Session):
             dense=DenseRule() if dense is None else dense,
             shards=len(exchange.addresses),
         )
-        self._named = list(named)
+        self._named, self._device = list(named), named[0][1].device
         parameters = dict(named)
         with torch.no_grad():
             self._shards = [ServedShard(i, table, parameters) for i, table in enumerate(tables)]
@@ -136,7 +137,8 @@ class Served(Session):
         self._closed = False
         self._hidden: list[tuple[Tensor, Tensor]] = []
         try:
-            self._links.join()
+            with on(self._device):
+                self._links.join()
             # The round that is open is not over.
             self._step = max(shard.clock for shard in self._shards) - isinstance(self.mode, Sync)
             self._take_over()
@@ -175,7 +177,7 @@ class Served(Session):
             return
         self._running()
         record = StepRecord()
-        with torch.no_grad(), record.held_up():
+        with torch.no_grad(), on(self._device), record.held_up():
             self._gradients.add()
             self._step += 1
             pushes, pulls = self._step % self._n_push == 0, self._step % self._n_fetch == 0
@@ -359,8 +361,8 @@ class Served(Session):
 
     def _settle(self, record: StepRecord, *, write: bool = True) -> None:
         """Take in what is on its way."""
-        with record.timed("wait_s"):
-            came = self._links.settle()
+        with on(self._device), record.timed("wait_s"):
+            came = self._links.settle()  # which reads what came in
         if came and write:
             with record.timed("decompress_s"):
                 self._take_over()

@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Runs are compared bit for bit.
+torch.backends.cudnn.deterministic = True
+
 # Ranks are threads or processes beside each other: one torch thread each, or they fight over the cores.
 torch.set_num_threads(1)
 

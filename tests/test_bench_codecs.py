@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import gradcomp
-from gradcomp.bench import codecs, gradients
+from gradcomp.bench import codecs, gradients, torch_hook
+from gradcomp.bench.codec_tensors import Layout
 from gradcomp.cli import main
 from gradcomp.errors import ConfigError
 
@@ -103,6 +104,45 @@ def test_beside_torch(capsys: pytest.CaptureFixture[str]) -> None:
         assert min(row["encode_passes"], row["decode_passes"]) > 0
 
 
+def test_the_tensors_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--model",
+        "tiny",
+        "--repeats",
+        "1",
+        "--compressor",
+        "powersgd:rank=2",
+        "--compressor",
+        "topk:ratio=0.01",
+    ]
+    assert main(["bench", "codecs", "--json", "--beside-torch", *arguments]) == 0
+    rows = {row["compressor"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert {row["model"] for row in rows.values()} == {"tiny"}
+    matrices, biases = [(32, 3072), (64, 32), (10, 64)], 32 + 64 + 10
+    assert all(row["numel"] == biases + sum(m * n for m, n in matrices) for row in rows.values())
+    numel = rows["topk:ratio=0.01"]["numel"]
+    # The last one has few elements, and goes as it is, too.
+    factors, dense = sum(2 * (m + n) for m, n in matrices[:2]), 640 + biases
+    nbytes = 4 * (factors + dense) + 2 * 16 + 6 * 32
+    assert rows["powersgd:rank=2"]["bytes_per_element"] == pytest.approx(nbytes / numel)
+    assert rows["topk:ratio=0.01"]["entropy_bits"] < rows["topk:ratio=0.01"]["index_bits"]
+    hook = rows[torch_hook.NAME] if torch_hook.can_run(torch.device("cpu")) else rows["torch PowerSGD rank 2"]
+    assert hook["ratio"] == pytest.approx(rows["powersgd:rank=2"]["ratio"], rel=0.1)
+    assert all(0 < row["relative_error"] < 1 and row["encode_passes"] > 0 for row in rows.values())
+
+
+def test_a_model_is_cut_as_an_exchange_would() -> None:
+    layout = Layout.of_model("vgg16")
+    assert layout.numel == 138_357_544
+    assert len(layout.shapes) == 32
+    assert layout.dense == 16 * (False, True)
+    tiny = Layout.of_model("tiny")
+    vector = torch.arange(float(tiny.numel))
+    parts = tiny.cut(vector)
+    assert [tuple(part.shape) for part in parts] == list(tiny.shapes)
+    assert torch.equal(torch.cat([part.reshape(-1) for part in parts]), vector)
+
+
 def test_gradients_of_a_task_are_saved_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     saved = tmp_path / "digits.npy"
@@ -143,6 +183,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     [
         (["--save", "x.npy"], "--task"),
         (["--repeats", "0"], "--repeats=0"),
+        (["--model", "tiny"], "--model=tiny"),
         (["--compressor", "nope"], "nope"),
     ],
 )

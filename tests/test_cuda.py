@@ -19,8 +19,15 @@ from training import filled, noise, sgd, zmq_world
 
 import gradcomp
 from gradcomp import testing_transport
-from gradcomp.compressors.threshold import Threshold
-from gradcomp.lanes import Lane, to_device, to_host
+from gradcomp.compressors.randomk import _choose
+from gradcomp.driver import Driver
+from gradcomp.errors import GradientError
+from gradcomp.gradients import ViewedGradients
+from gradcomp.hosts import HostSums
+from gradcomp.lanes import Lane, _say_not_locked, page_locked, to_device, to_host
+from gradcomp.products import Product, Products
+from gradcomp.telemetry import StepRecord
+from gradcomp.work import BucketWork
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COMPRESSORS = [
@@ -83,6 +90,23 @@ class TestSameBitsAsOnTheCpu:
         assert host.device.type == "cpu"
         assert host.is_pinned() == (device == "cuda")
         assert torch.equal(to_device(host, device), tensor)
+
+
+def test_where_no_memory_can_be_locked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    real = torch.empty
+
+    def refuse(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    _say_not_locked.cache_clear()
+    for _ in range(2):
+        assert bytes(page_locked(memoryview(b"abc")).tolist()) == b"abc"
+    [record] = caplog.records
+    assert "out of memory" in record.message
 
 
 def over_zmq(function: Callable[[Any], Any]) -> list[Any]:
@@ -267,6 +291,55 @@ def test_ranks_agree_over_zmq(spec: str, where: tuple[str, str], exchange: str) 
 
 
 class TestStreams:
+    def test_ranks_that_are_threads_run_their_own_backward_passes(self) -> None:
+        """On one GPU a thread of torch's would else run all of them, and wait in one for the other."""
+        assert run_ranks(2, lambda _: torch.autograd.is_multithreading_enabled()) == [False, False]
+        assert torch.autograd.is_multithreading_enabled()
+
+    def test_after_an_error_the_training_waits_for_what_was_queued_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        joined: list[Lane] = []
+        monkeypatch.setattr(Lane, "join", lambda self: joined.append(self))
+
+        def rank_main(transport: Any) -> None:
+            transport.connect({}, max_message_bytes=1)
+            driver = Driver(transport, Lane(torch.device("cpu")))
+
+            def fails() -> Iterator[Any]:
+                raise GradientError("no")
+                yield
+
+            driver.submit(fails(), StepRecord())  # type: ignore[arg-type]
+            for wait in (driver.drain, lambda: driver.wait_until(lambda: False)):
+                with pytest.raises(GradientError):
+                    wait()
+            driver.stop()
+
+        run_ranks(1, rank_main)
+        assert len(joined) == 2
+
+    def test_factors_from_inside_a_host_are_marked_as_used_between_hosts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are let go of there while the next bucket is added up inside, on a stream of its own."""
+        used: list[Tensor] = []
+        monkeypatch.setattr(gradcomp.hosts, "uses", lambda *tensors: used.extend(tensors))
+        product = Product(torch.ones(2, 3), torch.ones(2, 4))
+        sums = HostSums(ViewedGradients([], Products()), {0: product})
+        assert sums.product(1, torch.ones(3, 4), 0, 12) is None
+        assert sums.product(0, torch.ones(3, 4), 0, 12) is not None
+        assert [tensor.data_ptr() for tensor in used] == [tensor.data_ptr() for tensor in product]
+
+    @pytest.mark.gpu
+    def test_a_random_choice_that_another_stream_makes_is_waited_for(self) -> None:
+        device = torch.device("cuda", 0)
+        for step in range(2, 6):
+            expected = _choose(1, step, 100_000, 1000, torch.device("cpu"))
+            first, second = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            for stream in (first, second):
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(2_000_000)
+                    found = [part.clone() for part in _choose(1, step, 100_000, 1000, device)]
+                    # Copied to the host by the stream that read it, which knows nothing of the other one.
+                    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
     def test_on_the_cpu_there_is_none(self) -> None:
         lane = Lane(torch.device("cpu"))
         assert lane.mark() is None
@@ -277,13 +350,13 @@ class TestStreams:
     @pytest.mark.gpu
     def test_the_exchange_has_one_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = set()
-        real = Threshold.encode
+        real = BucketWork.encode
 
-        def encode(self: Any, grad: Tensor, state: Any = None) -> Any:
-            seen.add(torch.cuda.current_stream(grad.device).cuda_stream)
-            return real(self, grad, state)
+        def encode(self: Any, pieces: Any) -> Any:
+            seen.add(torch.cuda.current_stream().cuda_stream)
+            return real(self, pieces)
 
-        monkeypatch.setattr(Threshold, "encode", encode)
+        monkeypatch.setattr(BucketWork, "encode", encode)
         run_ranks(2, lambda transport: train(transport, "cuda", 2, exchange="all_gather"))
         assert seen
         assert torch.cuda.default_stream().cuda_stream not in seen

@@ -280,8 +280,9 @@ os._exit(0)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("transport", [None, "zmq"])
-def test_gradients_on_a_gpu(transport: str | None) -> None:
+def test_gradients_on_a_gpu(transport: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks on one device, DDP over Gloo: the packets are made on the GPU, the replicas are identical."""
+    monkeypatch.setenv("GRADCOMP_TEST_PROCESSES", "fresh")  # CUDA is not to be had after a fork
     found = run_script(
         SETUP
         + """

@@ -22,8 +22,9 @@ def made_anew(numel: int = 6) -> nn.Parameter:
 
 
 def fresh(parameter: Tensor) -> bool:
-    """Whether a gradient may be used up that was not there at the last step."""
-    grad, parameter.grad = parameter.grad, None
+    """Whether a gradient may be used up that was not there at the last step, when there was another one."""
+    assert parameter.grad is not None
+    grad, parameter.grad = parameter.grad, parameter.grad.clone()
     owner = Ownership([parameter])
     parameter.grad = grad
     return owner.may_use_up(0)
@@ -46,6 +47,51 @@ def test_a_gradient_that_was_there_before() -> None:
     parameter.grad.zero_()  # zero_grad(set_to_none=False)
     (parameter * 2).sum().backward()
     assert not owner.may_use_up(0)
+
+
+def test_the_first_gradient_is_not_used_up() -> None:
+    parameter = made_anew()
+    grad, parameter.grad = parameter.grad, None
+    owner = Ownership([parameter])
+    parameter.grad = grad
+    assert not owner.may_use_up(0)
+    owner.end_step()
+    parameter.grad = torch.ones(6)
+    assert owner.may_use_up(0)
+
+
+class InOnePlace(torch.autograd.Function):
+    """Gradients lie in the same memory in every step, as a CUDA graph's do, though ``p.grad`` is another tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, place: Tensor) -> Tensor:
+        ctx.place = place
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.place.add_(1.0)
+        return ctx.place.detach(), None
+
+
+@pytest.mark.parametrize("overlap", ["backward", "forward"])
+def test_memory_that_every_pass_writes_to(overlap: str) -> None:
+    def rank_main(transport: Any) -> None:
+        net = nn.Linear(8, 8, bias=False)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        place, total = torch.zeros(8, 8), 0.0
+        with attach(net, optimizer, transport, compressor="topk:ratio=0.1", overlap=overlap, reduction="sum") as sync:
+            for step in range(4):
+                optimizer.zero_grad()
+                InOnePlace.apply(net.weight, place.fill_(step)).backward()  # type: ignore[no-untyped-call]
+                total += 64.0 * (step + 1)
+                sync.wait()
+                assert net.weight.grad is not None
+                total -= float(net.weight.grad.sum()) / 2  # what was sent
+                [state] = sync._stepper.store._states.values()
+                assert float(state["residual"].sum()) == total
+
+    run_ranks(2, rank_main)
 
 
 def test_no_gradient() -> None:

@@ -254,6 +254,7 @@ class TestPackets:
             assert torch.equal(out, torch.ones_like(out))
 
     @pytest.mark.gpu
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
     def test_nothing_waits_for_the_device(self) -> None:
         for density in (0.01, 0.5):
             for packet in self.packets(40_000, density):

@@ -29,6 +29,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from gradcomp.errors import ConfigError, TransportError
 from gradcomp.handshake import pack
 from gradcomp.interfaces import MY_TURN, Buffer, Incoming, Part, Slot, Transport
+from gradcomp.lanes import to_device, to_host
 from gradcomp.options import check_choice, check_number
 from gradcomp.transports.greeting import greet
 from gradcomp.transports.group_collectives import PendingSum, swap_by_pairs, swap_on_stream
@@ -288,10 +289,10 @@ class TorchTransport(Transport):
             group.allreduce([total]).wait()
             self._count_queued(mine.device)
         else:
-            total = mine.detach().to("cpu", copy=True)
+            total = mine.detach().clone() if mine.device.type == "cpu" else to_host(mine.detach())
             self._pending = PendingSum(group, total, self._mailbox, courier)
             yield self._pending.parts(slot)
-            total = total.to(mine.device)
+            total = to_device(total, mine.device)
         courier.finished += 1
         moved = 2 * (self.world_size - 1) * total.nbytes // self.world_size
         self._collective_bytes_sent += moved

@@ -2,209 +2,31 @@
 
 One pass is ``r.add_(g)`` over vectors of the same length, alternating with what is measured: the least that any encoder
 with error feedback can do. Encoding is ``compress`` with its state; decoding is reading the bytes, checking them, and
-adding what they say. Every compressor that is installed is measured, those of other packages too. ``--beside-torch``
-adds what comes nearest in torch's own operations. On CUDA its events tell the time.
+adding what they say. With ``--model`` both go over all tensors of a network, a packet each, those that an exchange
+sends as they are included; a pass then is over all of them as one vector. Every compressor that is installed is
+measured, those of other packages too. ``--beside-torch`` adds what comes nearest in torch's own operations. On CUDA its
+events tell the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
 import gradcomp
-from gradcomp.bench import gradients, torch_codecs
+from gradcomp.bench import gradients, torch_codecs, torch_hook
+from gradcomp.bench.codec_rows import Row, measure, measure_hook, measure_torch
+from gradcomp.bench.codec_tensors import Layout
+from gradcomp.bench.networks import MODELS
 from gradcomp.errors import ConfigError
 from gradcomp.kernels import native, triton
-from gradcomp.marks import Mark
-from gradcomp.packet import Coding, Kind, Packet
 
 __all__ = ["main"]
-
-_LEAST_S = 2e-3  # shorter calls are repeated until they take so long
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one compressor at one size.
-
-    Attributes:
-        encode_passes, decode_passes: medians, in passes of ``r.add_(g)`` of the same run.
-        pass_ms: median time of those passes, in milliseconds.
-        copy_ms: median time of copying the gradient, on the device it is on, in milliseconds.
-        bytes_per_element: of the packet, its header included.
-        ratio: bytes of the gradient as float32, for each byte sent.
-        index_bits: bits spent on each position (and sign) of a sparse packet; entropy_bits: the least there can be for
-            so many at random positions. None where there are none.
-        relative_error: of one packet, ``|gradient - decoded| / |gradient|``; 0 nothing is lost, 1 all of it.
-    """
-
-    compressor: str
-    numel: int
-    encode_passes: float
-    decode_passes: float
-    pass_ms: float
-    copy_ms: float
-    bytes_per_element: float
-    ratio: float
-    index_bits: float | None
-    entropy_bits: float | None
-    relative_error: float
-
-
-def measure(spec: str, rows: Tensor, repeats: int) -> Row:
-    """Measure one compressor on gradients of several steps, float32 [steps, numel], where they lie.
-
-    On CUDA packets stay there: decoding is checking and adding them, without the way through host memory.
-
-    Raises:
-        ConfigError: an unknown compressor or option.
-    """
-    compressor = gradcomp.compressor(spec)
-    numel = rows.shape[1]
-    grads = [row.view(_matrix(numel)) for row in rows]
-    relative_error = _relative_error(compressor, grads[0])
-    state = compressor.new_state(grads[0])
-    compressor.seed_state(state, parameter="weight", rank=0)
-    for grad in grads:  # thresholds find their level
-        packet = compressor.compress(grad, state)
-    out, one, other = torch.zeros_like(rows[0]), torch.zeros_like(rows[0]), grads[0].view(-1)
-    on_device = rows.device.type != "cpu"
-    turn = 0
-
-    def encode() -> None:
-        nonlocal packet, turn
-        turn += 1
-        packet = compressor.compress(grads[turn % len(grads)], state)
-
-    def decode() -> None:
-        if on_device:
-            received = Packet.from_parts(packet.header(), packet.payload, numel=numel)
-        else:
-            received = Packet.from_bytes(data, numel=numel)
-        compressor.decompress_add(received, out)
-
-    def one_pass() -> None:
-        one.add_(other)
-
-    def one_copy() -> None:
-        one.copy_(other)
-
-    encode_passes, pass_ms = _in_passes(encode, one_pass, repeats)
-    copies, _ = _in_passes(one_copy, one_pass, repeats)
-    data = bytearray(packet.to_bytes())
-    decode_passes, _ = _in_passes(decode, one_pass, repeats)
-    index_bits, entropy_bits = _index_bits(packet)
-    return Row(
-        compressor=spec,
-        numel=numel,
-        encode_passes=encode_passes,
-        decode_passes=decode_passes,
-        pass_ms=pass_ms,
-        copy_ms=copies * pass_ms,
-        bytes_per_element=packet.nbytes / numel,
-        ratio=4 * numel / packet.nbytes,
-        index_bits=index_bits,
-        entropy_bits=entropy_bits,
-        relative_error=relative_error,
-    )
-
-
-def _measure_torch(name: str, rows: Tensor, repeats: int) -> Row:
-    """As :func:`measure`, for one of :data:`gradcomp.bench.torch_codecs.CODECS`; bytes are those of its tensors."""
-    numel = rows.shape[1]
-    grads = [row.view(_matrix(numel)) for row in rows]
-    out, one = torch.zeros_like(grads[0]), torch.zeros_like(rows[0])
-    encode, decode_add = torch_codecs.CODECS[name](grads[0])
-    tensors = encode(grads[0])
-    lost = float((grads[0] - decode_add(tensors, out.clone())).norm() / grads[0].norm().clamp_min(1e-38))
-    turn = 0
-
-    def encode_next() -> None:
-        nonlocal turn
-        turn += 1
-        encode(grads[turn % len(grads)])
-
-    def one_pass() -> None:
-        one.add_(rows[0])
-
-    encode_passes, pass_ms = _in_passes(encode_next, one_pass, repeats)
-    copies, _ = _in_passes(lambda: one.copy_(rows[0]), one_pass, repeats)
-    decode_passes, _ = _in_passes(lambda: decode_add(tensors, out), one_pass, repeats)
-    nbytes = sum(tensor.nbytes for tensor in tensors)
-    return Row(
-        compressor=name,
-        numel=numel,
-        encode_passes=encode_passes,
-        decode_passes=decode_passes,
-        pass_ms=pass_ms,
-        copy_ms=copies * pass_ms,
-        bytes_per_element=nbytes / numel,
-        ratio=4 * numel / nbytes,
-        index_bits=None,
-        entropy_bits=None,
-        relative_error=lost,
-    )
-
-
-def _matrix(numel: int) -> tuple[int, int]:
-    """A shape of two dimensions, for compressors that look at it: a power of two of columns, about square."""
-    columns = 1
-    while 4 * columns * columns <= numel and numel % (2 * columns) == 0:
-        columns *= 2
-    return numel // columns, columns
-
-
-def _relative_error(compressor: gradcomp.Compressor, grad: Tensor) -> float:
-    lost = compressor.decompress(compressor.compress(grad)).sub_(grad.reshape(-1))
-    return float(lost.norm() / grad.norm().clamp_min(1e-38))
-
-
-def _in_passes(call: Callable[[], object], one_pass: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median time of ``call`` over the median time of ``one_pass``, the two alternating; and the latter, in ms."""
-    times: dict[Callable[[], object], list[float]] = {call: [], one_pass: []}
-    inner = {f: max(1, math.ceil(_LEAST_S / max(_seconds(f, 1), 1e-7))) for f in times}
-    for _ in range(repeats):
-        for f in times:
-            times[f].append(_seconds(f, inner[f]))
-    unit = statistics.median(times[one_pass])
-    return statistics.median(times[call]) / unit, unit * 1e3
-
-
-def _seconds(f: Callable[[], object], inner: int) -> float:
-    """Of one call, when so many follow each other."""
-    start = _now()
-    for _ in range(inner):
-        f()
-    return start.until(_now()) / inner
-
-
-def _now() -> Mark:
-    """On CUDA: when its stream gets here, and not when the host does, which runs ahead."""
-    on_device = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return Mark(torch.device("cuda", torch.cuda.current_device()) if on_device else None)
-
-
-def _index_bits(packet: Packet) -> tuple[float | None, float | None]:
-    if packet.coding is Coding.NONE or not packet.count:
-        return None, None
-    signed = packet.kind == Kind.SIGNS
-    values_nbytes = 4 * packet.count if packet.kind == Kind.VALUES else 0
-    spent = 8 * (packet.payload.numel() - values_nbytes) / packet.count
-    return spent, _entropy_bits(packet.count, packet.numel) / packet.count + signed
-
-
-def _entropy_bits(count: int, numel: int) -> float:
-    """Bits that say which ``count`` of ``numel`` elements are meant, if all sets are equally likely."""
-    choices = math.lgamma(numel + 1) - math.lgamma(count + 1) - math.lgamma(numel - count + 1)
-    return choices / math.log(2)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -293,9 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--compressor", action="append", metavar="SPEC", help="repeatable; default: all that are installed"
     )
-    parser.add_argument(
-        "--sizes", "--numel", type=_sizes, default=[10**6], help="elements, like 1e4,1e6,25e6; default: 1e6"
-    )
+    parser.add_argument("--sizes", "--numel", type=_sizes, help="elements, like 1e4,1e6,25e6; default: 1e6")
+    parser.add_argument("--model", choices=sorted(MODELS), help="all tensors of this network, in place of --sizes")
     parser.add_argument("--gradients", metavar="FILE", help="saved ones (--save); default: noise of changing size")
     parser.add_argument("--task", metavar="TASK", help="take gradients from this task after some steps of training")
     parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="for the task")
@@ -309,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.repeats < 1 or options.threads < 1:
         raise ConfigError(f"--repeats={options.repeats} and --threads={options.threads} must be at least 1")
+    if options.model and options.sizes:
+        raise ConfigError(f"--model={options.model} has a size of its own: leave out --sizes")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device=cuda is not allowed: this machine has no CUDA device that torch can use")
     torch.set_num_threads(options.threads)
@@ -323,15 +146,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--save and --set are about the gradients of a --task, and there is none")
     specs = options.compressor or [name for name in gradcomp.available_compressors() if name != "auto"]
     rows = []
-    for numel in options.sizes:
+    layouts = [Layout.of_model(options.model)] if options.model else map(Layout.matrix, options.sizes or [10**6])
+    for layout in layouts:
+        numel, where = layout.numel, torch.device(options.device)
         steps = gradients.draw(numel) if found is None else gradients.stretch(found, numel)
-        steps = steps.to(options.device)
+        steps = steps.to(where)
+        of = f"{numel:,} elements" + (f" of {layout.name}" if layout.name else "")
         for spec in specs:
-            print(f"{spec}, {numel:,} elements", file=sys.stderr)
-            rows.append(measure(spec, steps, options.repeats))
+            print(f"{spec}, {of}", file=sys.stderr)
+            rows.append(measure(spec, steps, options.repeats, layout))
         for name in torch_codecs.CODECS if options.beside_torch else ():
-            print(f"{name}, {numel:,} elements", file=sys.stderr)
-            rows.append(_measure_torch(name, steps, options.repeats))
+            print(f"{name}, {of}", file=sys.stderr)
+            rows.append(measure_torch(name, steps, options.repeats, layout))
+        if options.beside_torch and layout.name and torch_hook.can_run(where):
+            print(f"{torch_hook.NAME}, {of}", file=sys.stderr)
+            rows.append(measure_hook(steps, options.repeats, layout))
     if options.device == "cuda":
         level = "Triton" if triton.enabled() else "torch"
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CODECS"]
+__all__ = ["CODECS", "plain"]
 
 # What encodes a gradient to tensors, keeping what was not sent; and what adds these to a matrix, which it returns.
 Codec = tuple[Callable[[Tensor], Sequence[Tensor]], Callable[[Sequence[Tensor], Tensor], Tensor]]
@@ -76,6 +76,11 @@ def _powersgd(like: Tensor) -> Codec:
         return out.addmm_(left, right.t())
 
     return encode, decode_add
+
+
+def plain(like: Tensor) -> Codec:
+    """A copy, of what is sent as it is."""
+    return lambda grad: (grad.clone(),), lambda tensors, out: out.add_(tensors[0])
 
 
 CODECS: dict[str, Callable[[Tensor], Codec]] = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradcomp import kernels
 from gradcomp.errors import ConfigError, GradientError
+from gradcomp.lanes import short_tensor
 from gradcomp.options import check_integer
 from gradcomp.packet import MAX_BLOCK, Kind, Packet
 
@@ -68,14 +69,18 @@ def add_dense(packet: Packet, out: Tensor, scale: float, addend: Tensor | None =
 def pack_factors(left: Tensor, right: Tensor) -> Packet:
     """FACTORS: the matrix ``left.T @ right``, of float32 [r, m] and [r, n]."""
     rank, columns = right.shape
-    head = torch.tensor([columns, rank], dtype=torch.int64, device=right.device)
+    head = short_tensor([columns, rank], right.device)
     payload = torch.cat([part.reshape(-1).view(torch.uint8) for part in (head, left, right)])
-    return Packet(kind=Kind.FACTORS, numel=left.shape[1] * columns, payload=payload)
+    return Packet(kind=Kind.FACTORS, numel=left.shape[1] * columns, payload=payload, _head=(columns, rank))
 
 
 def read_factors(packet: Packet) -> tuple[Tensor, Tensor]:
     """Left and right of a checked FACTORS packet."""
-    columns, rank = packet.payload[:FACTORS_HEAD_NBYTES].view(torch.int64).tolist()
+    head = packet._head
+    if head is None:
+        head = tuple(packet.payload[:FACTORS_HEAD_NBYTES].view(torch.int64).tolist())
+        object.__setattr__(packet, "_head", head)
+    columns, rank = head
     floats = packet.payload[FACTORS_HEAD_NBYTES:].view(torch.float32)
     rows = packet.numel // columns
     return floats[: rank * rows].view(rank, rows), floats[rank * rows :].view(rank, columns)

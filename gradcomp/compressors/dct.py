@@ -32,6 +32,7 @@ from gradcomp.compressors import add_dense, flat_gradient, float_accumulated, is
 from gradcomp.errors import PacketError
 from gradcomp.interfaces import Compressor, State
 from gradcomp.kernels.reference_chunks import nonfinite_value
+from gradcomp.lanes import short_tensor
 from gradcomp.options import check_integer
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 from gradcomp.tiles import Tiling
@@ -77,7 +78,7 @@ class DCT(Compressor):
         values, index = kernels.largest_coefficients(flat, residual, tiling, kept)
         if value := nonfinite_value(values):
             return Packet.nonfinite(value, numel, flat.device)
-        head = torch.tensor([tiling.columns, self.chunk | kept << 32], dtype=torch.int64, device=flat.device)
+        head = short_tensor([tiling.columns, self.chunk | kept << 32], flat.device)
         halves = (index - (index >> 15 << 16)).to(torch.int16)  # the bits of the u16: a cast need not wrap
         payload = torch.cat([part.view(-1).view(torch.uint8) for part in (head, values, halves)])
         return Packet(kind=Kind.SPECTRUM, numel=numel, payload=payload, count=index.numel())

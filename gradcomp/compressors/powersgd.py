@@ -106,18 +106,21 @@ class PowerSGD(LinearCompressor):
         if not rank or self._is_dense(state):
             own = float_accumulated(flat, residual)
             total = yield own
-            value = nonfinite_value(total)
-            return _both_nonfinite(value, flat) if value else (Packet.dense(own), Packet.dense(total))
+            if not kernels.all_finite(total):
+                return _both_nonfinite(total, flat)
+            return Packet.dense(own), Packet.dense(total)
         q = _draw(randomness.stream(None, self.seed), rank, columns, flat.device) if state is None else state["q"]
         p = yield kernels.project(flat, residual, q).reshape(-1)
-        if value := nonfinite_value(p):
-            return _both_nonfinite(value, flat)
+        if not kernels.all_finite(p):
+            return _both_nonfinite(p, flat)
         basis = kernels.orthonormal(p.view(rank, rows))
         own_q = kernels.combine(flat, residual, basis)
         total_q = yield own_q.view(-1)
-        if value := nonfinite_value(total_q):
-            return _both_nonfinite(value, flat)
-        return pack_factors(basis, own_q), pack_factors(basis, total_q.view(rank, columns))
+        if not kernels.all_finite(total_q):
+            return _both_nonfinite(total_q, flat)
+        packet = pack_factors(basis, own_q)
+        alone = total_q.data_ptr() == own_q.data_ptr()
+        return packet, packet if alone else pack_factors(basis, total_q.view(rank, columns))
 
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         self.commit_sum(grad, packet, packet, state)
@@ -187,6 +190,6 @@ def _draw(stream: tuple[int, int], rank: int, columns: int, device: torch.device
     return ((words >> 8).to(torch.float32) * 2.0**-23 - 1.0).view(rank, columns)
 
 
-def _both_nonfinite(value: float, flat: Tensor) -> tuple[Packet, Packet]:
-    packet = Packet.nonfinite(value, flat.numel(), flat.device)
+def _both_nonfinite(total: Tensor, flat: Tensor) -> tuple[Packet, Packet]:
+    packet = Packet.nonfinite(nonfinite_value(total), flat.numel(), flat.device)
     return packet, packet

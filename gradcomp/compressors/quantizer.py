@@ -38,7 +38,7 @@ def add_coded(packet: Packet, out: Tensor, scale: float, addend: Tensor | None =
         kernels.add_float8(out, parameters, codes, packet.block, scale, addend)
     else:
         if not packet.block:
-            parameters = torch.tensor([packet.scalar], dtype=torch.float32, device=packet.device)
+            parameters = torch.full((1,), packet.scalar, dtype=torch.float32, device=packet.device)
         kernels.add_codes(out, parameters, codes, packet.bits, packet.block, scale, addend)
 
 

@@ -34,6 +34,7 @@ from gradcomp.errors import ConfigError
 from gradcomp.interfaces import LinearCompressor, State
 from gradcomp.kernels.random import philox
 from gradcomp.kernels.reference_chunks import nonfinite_value
+from gradcomp.lanes import short_tensor, uses
 from gradcomp.options import check_flag, check_integer, check_number
 from gradcomp.packet import HEADER_NBYTES, Kind, Packet
 
@@ -131,24 +132,36 @@ class RandomK(LinearCompressor):
         return min(max(least, wanted), numel)
 
 
-# The packets of all ranks name the same choice, and each decodes it.
-@lru_cache(maxsize=4)
 def _choose(key: int, step: int, numel: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Indices (int64, strictly increasing) of ``count`` of ``numel`` elements, and the lengths of their stretches.
 
     Nobody may write to them.
     """
+    index, length, made = _choice(key, step, numel, count, device)
+    if made is not None:  # by whichever stream came first
+        torch.cuda.current_stream(device).wait_event(made)
+        uses(index, length)
+    return index, length
+
+
+# The packets of all ranks name the same choice, and each decodes it.
+@lru_cache(maxsize=4)
+def _choice(
+    key: int, step: int, numel: int, count: int, device: torch.device
+) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+    """As :func:`_choose`, and on CUDA when they are there."""
     words = philox(key, step, 0, -(-count // 4), device).view(-1)[:count]
     # floor(j numel / count) without a product that could overflow.
     base, rest = divmod(numel, max(count, 1))
     j = torch.arange(count + 1, device=device)
     ends = j * base + (j * rest).div(max(count, 1), rounding_mode="floor")
     length = ends.diff()
-    return ends[:-1] + ((words * length) >> 32), length
+    index = ends[:-1] + ((words * length) >> 32)
+    return index, length, torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def _seeded(key: int, step: int, values: Tensor, numel: int) -> Packet:
     words = [word - (1 << 64) if word >> 63 else word for word in (key, step)]
-    head = torch.tensor(words, dtype=torch.int64, device=values.device)
+    head = short_tensor(words, values.device)
     payload = torch.cat([head.view(torch.uint8), values.view(torch.uint8)])
     return Packet(kind=Kind.SEEDED, numel=numel, payload=payload, count=len(values))

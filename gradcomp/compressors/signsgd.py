@@ -28,6 +28,7 @@ from gradcomp.compressors import check_block, exchange_residual, flat_gradient
 from gradcomp.compressors.onebit import add_bits_packet, bits_packet_nbytes, encode_bits_packet
 from gradcomp.errors import ConfigError, PacketError
 from gradcomp.interfaces import Commit, Compressor, State
+from gradcomp.lanes import short_tensor
 from gradcomp.options import check_choice, check_number
 from gradcomp.packet import HEADER_NBYTES, MAX_BLOCK, Kind, Packet
 
@@ -140,7 +141,7 @@ def _votes(flat: Tensor) -> Packet:
         return Packet.nonfinite(found, numel, flat.device)
     bits, zeros = found
     if not zeros:
-        scales = torch.tensor([-1.0, 1.0] * -(-numel // MAX_BLOCK), device=flat.device)
+        scales = short_tensor([-1.0, 1.0] * -(-numel // MAX_BLOCK), flat.device, torch.float32)
         return Packet(kind=Kind.BITS, numel=numel, payload=torch.cat([scales.view(torch.uint8), bits]), block=MAX_BLOCK)
     payload = kernels.pack_votes(flat)
     return Packet(kind=Kind.CODES, numel=numel, payload=payload, bits=2, scalar=1.0, _checked=True)

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from gradcomp.lanes import to_device
 from gradcomp.tiles import Tiling
 
 __all__ = ["add_spectrum", "basis", "largest_coefficients"]
@@ -36,6 +37,11 @@ def basis(size: int) -> Tensor:
         for u in range(size)
     ]
     return torch.tensor(rows, dtype=torch.float32)
+
+
+def _bases(tiling: Tiling, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For down and across."""
+    return to_device(basis(tiling.height), device), to_device(basis(tiling.width), device)
 
 
 def _cosine(step: int, turn: int) -> float:
@@ -72,7 +78,7 @@ def largest_coefficients(grad: Tensor, residual: Tensor | None, tiling: Tiling, 
     Returns:
         float32 and int64 [tiles, kept]: coefficients, and which, increasing. Not finite where acc or sums are not.
     """
-    down, across = basis(tiling.height).to(grad.device), basis(tiling.width).to(grad.device)
+    down, across = _bases(tiling, grad.device)
     values, indices = [], []
     padded_columns = tiling.across * tiling.width
     for tiles, rows in _groups(tiling):
@@ -105,7 +111,7 @@ def add_spectrum(
     """
     if addend is not None:
         out += addend
-    down, across = basis(tiling.height).to(out.device), basis(tiling.width).to(out.device)
+    down, across = _bases(tiling, out.device)
     matrix = out.view(tiling.rows, tiling.columns)
     for tiles, rows in _groups(tiling):
         part = slice(tiles.start * tiling.across, tiles.stop * tiling.across)
