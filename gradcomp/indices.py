@@ -50,11 +50,14 @@ def encode(index: Tensor, negative: Tensor | None, numel: int, coding: Coding) -
     return kernels.encode(index, negative, numel, coding)
 
 
-def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool) -> tuple[Tensor, Tensor]:
+def decode(
+    payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool, checked: bool = False
+) -> tuple[Tensor, Tensor]:
     """Read and check a set.
 
     Args:
         payload: uint8, flat, starting at a multiple of 4 bytes in its storage.
+        checked: whether :func:`check` was called. On CUDA nothing then waits for the device.
 
     Returns:
         int64 indices, strictly increasing, ``count`` of them, all below numel; bool signs, all False if not ``signed``.
@@ -62,7 +65,7 @@ def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: b
     Raises:
         PacketError: anything else, found before more than a small multiple of the payload is allocated.
     """
-    return kernels.decode(payload, count, numel, coding, signed=signed)
+    return kernels.decode(payload, count, numel, coding, signed=signed, checked=checked)
 
 
 def check(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool) -> None:

@@ -166,7 +166,7 @@ class Packet:
         if self._index_set is None:
             signed = self.kind == Kind.SIGNS
             coded = self.payload if signed else self.payload[4 * self.count :]
-            found = indices.decode(coded, self.count, self.numel, self.coding, signed=signed)
+            found = indices.decode(coded, self.count, self.numel, self.coding, signed=signed, checked=self._checked)
             object.__setattr__(self, "_index_set", found)
             return found
         return self._index_set

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from gradcomp.kernels import reference, triton_select
+from gradcomp.kernels import reference, triton_sample, triton_select
 from gradcomp.kernels.triton_indices import COUNT
 
 # What overflows is meant to, but the interpreter's arithmetic is numpy's, and numpy warns.
@@ -192,7 +192,7 @@ def test_sample_largest(numel: int) -> None:
     grad, residual = normal(numel).to(DEVICE), normal(numel, 1).to(DEVICE)
     for held, weight in ((None, 1.0), (residual, 0.7)):
         for values in (grad, grad.to(torch.bfloat16)):
-            ours = triton_select.sample_largest(values, held, 0.01, weight)
+            ours = triton_sample.sample_largest(values, held, 0.01, weight)
             assert torch.equal(ours, reference.sample_largest(values, held, 0.01, weight))
 
 
@@ -202,11 +202,12 @@ def test_nothing_waits() -> None:
     grad, residual = normal(100_000).to(DEVICE), normal(100_000, 1).to(DEVICE)
     expected = reference.encode_signs(2 * grad, residual, 3.0)
     tau = torch.full((), 3.0, device=DEVICE)
-    triton_select.pad_signs(grad, residual, tau, None)  # compiles
+    triton_select.pad_signs(grad, residual, tau, None, triton_select.new_status(grad))  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, status = triton_select.pad_signs(grad, residual, tau, None)
+        status = triton_select.new_status(grad)
+        out = triton_select.pad_signs(grad, residual, tau, None, status)
     grad *= 2
     graph.replay()
     assert not isinstance(expected, float)

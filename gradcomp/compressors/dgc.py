@@ -41,7 +41,6 @@ __all__ = ["DeepGradientCompression"]
 _DEFAULT_RATIO = 1e-3
 _WARM_UP_START = 0.25
 _FAR_MORE = 1.25  # times k: if more pass, the k largest of them are looked for
-_LARGEST = torch.finfo(torch.float32).max
 _VALUES = TopK(k=1)  # reads VALUES packets of any size
 
 
@@ -144,8 +143,8 @@ class DeepGradientCompression(Compressor):
         held = None if state is None else state["residual"]
         if state is not None and self.momentum:
             flat = self._advance(state["momentum"], flat, torch.empty_like(state["momentum"]))
-        tau = _threshold(flat, held, count, numel)
-        found = kernels.encode_above(flat, held, tau, int(_FAR_MORE * count), count, left=left)
+        density = count / numel if numel else 1.0
+        found = kernels.encode_above_sampled(flat, held, density, int(_FAR_MORE * count), count, left=left)
         if isinstance(found, float):
             return Packet.nonfinite(found, numel, flat.device)
         return Packet.coded_values(*found, numel)
@@ -197,11 +196,3 @@ class DeepGradientCompression(Compressor):
 
     def _advance(self, velocity: Tensor, grad: Tensor, out: Tensor) -> Tensor:
         return residual.advance_momentum(velocity, grad, self.momentum, nesterov=self.nesterov, out=out)
-
-
-def _threshold(flat: Tensor, held: Tensor | None, count: int, numel: int) -> float:
-    """What ``count`` of ``numel`` elements should pass, going by a sample."""
-    largest = kernels.sample_largest(flat, held, count / numel if numel else 1.0)
-    if not len(largest) or not bool(largest[0].isfinite()):
-        return _LARGEST  # only what is not finite is going to be looked for
-    return float(torch.nextafter(largest[-1], torch.zeros_like(largest[-1])))

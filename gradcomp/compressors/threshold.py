@@ -77,16 +77,10 @@ class Threshold(Compressor):
         return state
 
     def encode(self, grad: Tensor, state: State | None = None) -> Packet:
-        flat, residual = flat_gradient(grad), None if state is None else state["residual"]
-        tau = self._tau(flat, state)
-        # No finite element passes the largest number of all.
-        found = kernels.encode_signs(flat, residual, tau or _FLOAT32.max)
-        if isinstance(found, float):
-            return Packet.nonfinite(found, flat.numel(), flat.device)
-        return Packet.coded_signs(*found, flat.numel(), tau)
+        return self._encode(flat_gradient(grad), state)[0]
 
     def encode_in_place(self, grad: Tensor, state: State) -> Packet:
-        packet, next_tau = self._encode_leaving(flat_gradient(grad), state, state["residual"])
+        packet, next_tau = self._encode(flat_gradient(grad), state, state["residual"])
         _learn(next_tau, packet, state)
         return packet
 
@@ -94,7 +88,7 @@ class Threshold(Compressor):
         left = flat_gradient(grad)
         if left.dtype != torch.float32:
             return super().prepare(grad, state)
-        packet, next_tau = self._encode_leaving(left, state, left)
+        packet, next_tau = self._encode(left, state, left)
 
         def commit() -> Tensor:
             _learn(next_tau, packet, state)
@@ -105,32 +99,38 @@ class Threshold(Compressor):
     def commit(self, grad: Tensor, packet: Packet, state: State) -> None:
         super().commit(grad, packet, state)
         if self.density is not None:
+            # Here a GPU is waited for, once: the state's tau lies on the CPU, where the next step asks for it first.
             tau = kernels.sample_threshold(flat_gradient(grad), state["residual"], self.density, _WEIGHT_OF_NEXT)
             _learn(tau, packet, state)
 
-    def _tau(self, flat: Tensor, state: State | None) -> float:
-        """The threshold of this step; 0 if every element of the sample is: there is nothing to go by yet."""
+    def _tau(self, state: State | None) -> float | None:
+        """The threshold of this step, if one is known: it is fixed, or was found in the step before."""
         if self.density is None:
-            return self.tau or 0.0
-        if state is not None:
-            tau = state["tau"].item()
-            if tau > 0.0:
-                return float(tau)
-        return kernels.sample_threshold(flat, None if state is None else state["residual"], self.density)
+            return self.tau
+        tau = math.nan if state is None else float(state["tau"])
+        return tau if tau > 0.0 else None
 
-    def _encode_leaving(self, flat: Tensor, state: State, left: Tensor) -> tuple[Packet, float | None]:
-        """Encode and write to ``left`` what is left; also the threshold of the next step, if there is a new one."""
-        tau, residual = self._tau(flat, state), state["residual"]
-        limit = tau or _FLOAT32.max  # no finite element passes the largest of all
-        found: tuple[Tensor, int] | tuple[Tensor, int, float] | float
-        if self.density is None:
-            found = kernels.encode_signs(flat, residual, limit, left=left)
-        else:
-            found = kernels.encode_signs_sampled(flat, residual, limit, self.density, _WEIGHT_OF_NEXT, left=left)
+    def _encode(self, flat: Tensor, state: State | None, left: Tensor | None = None) -> tuple[Packet, float | None]:
+        """Encode, and write to ``left`` what is left; also the threshold of the next step, if there is a new one."""
+        found = self._select(flat, state, left)
         if isinstance(found, float):
             return Packet.nonfinite(found, flat.numel(), flat.device), None
-        packet = Packet.coded_signs(found[0], found[1], flat.numel(), tau)
-        return packet, None if len(found) == 2 else found[2]
+        payload, count, tau, next_tau = found
+        return Packet.coded_signs(payload, count, flat.numel(), tau), next_tau
+
+    def _select(
+        self, flat: Tensor, state: State | None, left: Tensor | None
+    ) -> tuple[Tensor, int, float, float | None] | float:
+        """Payload, count, threshold and the next one from one kernel: so a GPU is waited for once, at its end."""
+        tau, residual = self._tau(state), None if state is None else state["residual"]
+        if tau is None:
+            density = self.density or _DEFAULT_DENSITY
+            return kernels.encode_signs_share(flat, residual, density, _WEIGHT_OF_NEXT, left=left)
+        if self.density is None or residual is None or left is None:
+            signs = kernels.encode_signs(flat, residual, tau, left=left)
+            return signs if isinstance(signs, float) else (*signs, tau, None)
+        sampled = kernels.encode_signs_sampled(flat, residual, tau, self.density, _WEIGHT_OF_NEXT, left=left)
+        return sampled if isinstance(sampled, float) else (*sampled[:2], tau, sampled[2])
 
     def decode_add(self, packet: Packet, out: Tensor, scale: float) -> None:
         packet.require(Kind.SIGNS)

@@ -30,9 +30,11 @@ from gradcomp.kernels.random import philox
 from gradcomp.kernels.reference import largest_coefficients, sample_size
 from gradcomp.kernels.select import (
     encode_above,
+    encode_above_sampled,
     encode_largest,
     encode_signs,
     encode_signs_sampled,
+    encode_signs_share,
     sample_largest,
     sample_threshold,
 )
@@ -57,6 +59,7 @@ __all__ = [
     "code_values",
     "combine",
     "encode_above",
+    "encode_above_sampled",
     "encode_bits",
     "encode_float8",
     "encode_int8",
@@ -65,6 +68,7 @@ __all__ = [
     "encode_powers",
     "encode_signs",
     "encode_signs_sampled",
+    "encode_signs_share",
     "encode_stochastic",
     "encode_ternary",
     "find_code",

@@ -22,7 +22,9 @@ def encode(index: Tensor, negative: Tensor | None, numel: int, coding: Coding) -
     return reference.encode(index, negative, numel, coding)
 
 
-def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool) -> tuple[Tensor, Tensor]:
+def decode(
+    payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool, checked: bool = False
+) -> tuple[Tensor, Tensor]:
     """:func:`gradcomp.indices.decode`."""
     if native.takes(payload):
         found = native.module.decode_indices(payload, count, numel, coding, signed)
@@ -32,7 +34,7 @@ def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: b
     if triton.takes(payload):
         from gradcomp.kernels import triton_indices_decode
 
-        return triton_indices_decode.decode(payload, count, numel, coding, signed=signed)
+        return triton_indices_decode.decode(payload, count, numel, coding, signed=signed, checked=checked)
     return reference.decode(payload, count, numel, coding, signed=signed)
 
 

@@ -12,11 +12,14 @@ from gradcomp.kernels import reference_indices as indices
 from gradcomp.kernels.reference_chunks import accumulate, chunks, new_buffer, nonfinite_value
 
 __all__ = [
+    "below_least",
     "best_threshold",
     "encode_above",
+    "encode_above_sampled",
     "encode_largest",
     "encode_signs",
     "encode_signs_sampled",
+    "encode_signs_share",
     "sample_largest",
     "sample_size",
     "sample_threshold",
@@ -26,6 +29,7 @@ __all__ = [
 ]
 
 _SAMPLE = 1 << 16
+_FLOAT32_MAX = torch.finfo(torch.float32).max  # no finite element passes it
 
 
 def select_threshold(grad: Tensor, residual: Tensor | None, tau: float) -> tuple[Tensor, Tensor] | float:
@@ -110,6 +114,13 @@ def sample_threshold(grad: Tensor, residual: Tensor | None, density: float, weig
     return best_threshold(sample_largest(grad, residual, density, weight))
 
 
+def below_least(largest: Tensor) -> float:
+    """A threshold that all of ``largest`` pass; the largest number of all if there are none, or NaN or Inf."""
+    if not len(largest) or not bool(largest[0].isfinite()):
+        return _FLOAT32_MAX
+    return float(torch.nextafter(largest[-1], torch.zeros_like(largest[-1])))
+
+
 def select_largest(grad: Tensor, residual: Tensor | None, k: int) -> tuple[Tensor, Tensor] | float:
     """The k elements of acc with the largest magnitude, zeros left out; of equal ones those with the lowest index.
 
@@ -175,24 +186,54 @@ def encode_signs_sampled(
     weight: float,
     *,
     left: Tensor,
-    encode: Callable[..., tuple[Tensor, int] | float] | None = None,
 ) -> tuple[Tensor, int, float] | float:
     """:func:`encode_signs`, and the :func:`sample_threshold` of ``weight * grad + left`` afterwards, in one sweep.
 
     Args:
         left: may be ``grad``, of which the values before that count.
-        encode: another backend's :func:`encode_signs`, to be used instead.
 
     Returns:
         The coded index set, how many it names, and that threshold; or a float if acc is not finite.
     """
     stride, count = sample_size(grad.numel(), density)
     sample = grad[::stride].to(torch.float32) * weight
-    found = (encode or encode_signs)(grad, residual, tau, left=left)
+    found = encode_signs(grad, residual, tau, left=left)
     if isinstance(found, float):
         return found
     sample += left[::stride]
     return *found, best_threshold(sample.abs().topk(count).values)
+
+
+def encode_signs_share(
+    grad: Tensor,
+    residual: Tensor | None,
+    density: float,
+    weight: float,
+    *,
+    left: Tensor | None = None,
+    sample: Callable[..., float] = sample_threshold,
+    encode: Callable[..., tuple[Tensor, int] | float] = encode_signs,
+    encode_sampled: Callable[..., tuple[Tensor, int, float] | float] = encode_signs_sampled,
+) -> tuple[Tensor, int, float, float] | float:
+    """:func:`encode_signs` where no threshold is known yet: with the :func:`sample_threshold` of acc.
+
+    If there is nothing to go by, that is 0, and nothing is sent.
+
+    Args:
+        left: as for :func:`encode_signs`.
+        sample, encode, encode_sampled: another backend's, to be used instead.
+
+    Returns:
+        The coded index set, how many it names, that threshold, and the next one, as of :func:`encode_signs_sampled`,
+        which is 0 where nothing is left; or a float if acc is not finite.
+    """
+    tau = sample(grad, residual, density)
+    limit = tau or _FLOAT32_MAX
+    if residual is None or left is None:
+        found = encode(grad, residual, limit)
+        return found if isinstance(found, float) else (*found, tau, 0.0)
+    sampled = encode_sampled(grad, residual, limit, density, weight, left=left)
+    return sampled if isinstance(sampled, float) else (*sampled[:2], tau, sampled[2])
 
 
 def encode_largest(
@@ -227,6 +268,25 @@ def encode_above(
     count = len(found[0])
     chosen = _largest_of(grad, residual, found[0], k if count > most else count)
     return _values(grad, residual, *chosen, left)
+
+
+def encode_above_sampled(
+    grad: Tensor,
+    residual: Tensor | None,
+    density: float,
+    most: int,
+    k: int,
+    *,
+    left: Tensor | None = None,
+    sample: Callable[..., Tensor] = sample_largest,
+    encode: Callable[..., tuple[Tensor, int] | float] = encode_above,
+) -> tuple[Tensor, int] | float:
+    """:func:`encode_above` with a threshold that about ``density`` of acc passes, going by a sample.
+
+    Args:
+        sample, encode: another backend's, to be used instead.
+    """
+    return encode(grad, residual, below_least(sample(grad, residual, density)), most, k, left=left)
 
 
 def _values(

@@ -28,8 +28,10 @@ __all__ = [
     "LEAST",
     "LOW_BITS",
     "NBYTES",
+    "NEXT_TAU",
     "PASSED",
     "STATUS_SIZE",
+    "TAU",
     "TIES",
     "add_before",
     "choose_coding",
@@ -50,7 +52,9 @@ LOW_BITS: tl.constexpr = tl.constexpr(5)  # of a gap, for RICE
 NBYTES: tl.constexpr = tl.constexpr(6)  # of the payload
 LEAST: tl.constexpr = tl.constexpr(7)  # magnitude that is sent, as bits
 TIES: tl.constexpr = tl.constexpr(8)  # how many of that magnitude are sent
-STATUS_SIZE = 9
+TAU: tl.constexpr = tl.constexpr(9)  # found in a sample: what was encoded with, as the bits of a float32
+NEXT_TAU: tl.constexpr = tl.constexpr(10)  # and what to encode with at the next step
+STATUS_SIZE = 11
 
 _WORDS: tl.constexpr = tl.constexpr(int(Coding.WORDS))
 _GAPS: tl.constexpr = tl.constexpr(int(Coding.GAPS))

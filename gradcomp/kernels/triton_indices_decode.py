@@ -154,10 +154,17 @@ def _take_map(
         tl.store(out + at, tl.where(named != 0, total, before), mask=at < numel)
 
 
-def decode(payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """:func:`gradcomp.indices.decode`, with the reference's results and errors; waits for the check."""
+def decode(
+    payload: Tensor, count: int, numel: int, coding: Coding, *, signed: bool, checked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """:func:`gradcomp.indices.decode`, with the reference's results and errors.
+
+    Args:
+        checked: whether the payload was checked: nothing then waits for the device.
+    """
     coded = CodedSet(payload, count, numel, coding, signed)
-    coded.check()
+    if not checked:
+        coded.check()
     index = torch.empty(count, dtype=torch.int64, device=payload.device)
     negative = torch.empty(count, dtype=torch.bool, device=payload.device)
     _take(coded, "list", index, negative.view(torch.uint8), 0.0, 0.0)

@@ -175,8 +175,8 @@ def keep_largest(
     larger, ties = torch.empty((2, launch[0]), dtype=torch.int64, device=device)
     _gather[launch](grad, held, marks, values, upper, status, most, least, room, residual is not None, _BLOCK, **EXACT)
     if most < room:  # else all is kept
-        _pick_upper[(1,)](upper, status, k, most, _UPPER, num_warps=_PICK_WARPS)
+        _pick_upper[(1,)](upper, status, k, most, _UPPER.value, num_warps=_PICK_WARPS)
         _count_lower[launch](values, lower, status, most, least, room, _BLOCK)
-    _settle[(1,)](lower, status, numel, most, k, least, room, _LOWER, num_warps=_PICK_WARPS)
+    _settle[(1,)](lower, status, numel, most, k, least, room, _LOWER.value, num_warps=_PICK_WARPS)
     _count_kept[launch](values, larger, ties, status, _BLOCK)
     _keep[launch](marks, values, larger, ties, kept, out, target, status, left is not None, _BLOCK)

@@ -1,9 +1,9 @@
 """Selection in Triton: one sweep over the gradient marks in bit planes what passes, and writes what is left.
 
 What follows reads the planes, a sixteenth of the data, and lists of what is selected. Everything is on the device: how
-many pass, whether anything is not finite, how the set is coded; nothing waits before the packet is there. Lists hold as
-many as may be sent, or for the exact largest some times that; where more pass than that, or too few, the host, which
-sees it at the end, tries again with what is then known.
+many pass, whether anything is not finite, how the set is coded, which threshold a sample suggests; nothing waits before
+the packet is there. Lists hold as many as may be sent, or for the exact largest some times that; where more pass than
+that, or too few, the host, which sees it at the end, tries again with what is then known.
 
 By what they move, in passes of ``r.add_(g)``: the sweep 1; 0.3 more where the residual is changed in place. It must be
 left alone if acc is not finite anywhere, and that is known only after all of it was seen. But a gradient that is small
@@ -24,10 +24,22 @@ from gradcomp.kernels import triton_indices as sets
 from gradcomp.kernels.reference_indices import Coding, max_coded_nbytes
 from gradcomp.kernels.reference_select import sample_size
 from gradcomp.kernels.triton import EXACT, grid
-from gradcomp.kernels.triton_indices import COUNT, FLAGS, LARGEST, NBYTES, PASSED
+from gradcomp.kernels.triton_indices import COUNT, FLAGS, LARGEST, NBYTES, NEXT_TAU, PASSED, TAU
 from gradcomp.kernels.triton_largest import keep_largest
+from gradcomp.kernels.triton_sample import below_least, float_of, note_best, sample_largest
 
-__all__ = ["encode_above", "encode_largest", "encode_signs", "mark", "pad_signs", "pad_values", "sample_largest"]
+__all__ = [
+    "encode_above",
+    "encode_above_sampled",
+    "encode_largest",
+    "encode_signs",
+    "encode_signs_sampled",
+    "encode_signs_share",
+    "mark",
+    "new_status",
+    "pad_signs",
+    "pad_values",
+]
 
 _INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 # 2^102. A smaller number added to any finite float32 rounds to a finite float32: the largest is more than 2^103 away
@@ -43,7 +55,6 @@ _IF_FINITE: tl.constexpr = tl.constexpr(3)
 # try COUNTED_WORDS and num_warps of the sweep; the rest hardly counts.
 _BLOCK = 32 * sets.COUNTED_WORDS
 _ONCE_MORE = 1024  # programs of the second sweep, which hardly ever has anything to do
-_SAMPLE_BLOCK = 1024
 _LEAST_ROOM = 1 << 16  # in lists of what may be sent
 
 
@@ -141,38 +152,31 @@ def _leave(grad, residual, status, tau, numel, blocks, signs: tl.constexpr, word
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["length", "stride"])
-def _sample(grad, residual, out, length, stride, weight, has_residual: tl.constexpr, block: tl.constexpr):
-    number = tl.program_id(0) * block + tl.arange(0, block)
-    inside = number < length
-    at = number.to(tl.int64) * stride
-    value = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * weight
-    if has_residual:
-        value += tl.load(residual + at, mask=inside, other=0.0)
-    tl.store(out + number, tl.abs(value), mask=inside)
+def new_status(grad: Tensor) -> Tensor:
+    """A status in which nothing is noted yet."""
+    return torch.zeros(sets.STATUS_SIZE, dtype=torch.int64, device=grad.device)
 
 
 def mark(
-    grad: Tensor, residual: Tensor | None, tau: Tensor, left: Tensor | None, *, signs: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, residual: Tensor | None, tau: Tensor, left: Tensor | None, status: Tensor, *, signs: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mark in bit planes what passes, write what is left of it, and count: the sweep over the data.
 
     Args:
         tau: float32, 0-dim, on the device.
         left: as for :func:`gradcomp.kernels.reference.encode_signs`.
+        status: from :func:`new_status`.
         signs: what passes is left as acc -+ tau, and its signs get a plane, and all of it is to be sent; else what is
             left is acc everywhere.
 
     Returns:
-        The planes, int32, 32 elements a word; how many elements were marked before every COUNTED_WORDS of them; and
-        the status.
+        The planes, int32, 32 elements a word; and how many elements were marked before every COUNTED_WORDS of them.
     """
     numel = grad.numel()
     words, blocks = -(-numel // 32), -(-numel // _BLOCK)
     new = grad.new_empty
     mask, counts = new(words, dtype=torch.int32), new(blocks, dtype=torch.int64)
     negative = new(words, dtype=torch.int32) if signs else mask
-    status = torch.zeros(sets.STATUS_SIZE, dtype=torch.int64, device=grad.device)
     has_residual, in_place = residual is not None, _same(left, residual)
     held, target = grad if residual is None else residual, grad if left is None else left
     how = _NEVER if left is None else _IF_HARMLESS if in_place else _ALWAYS
@@ -185,18 +189,18 @@ def mark(
     if in_place:
         _leave[(min(blocks, _ONCE_MORE),)](grad, held, status, tau, numel, blocks, signs, sets.COUNTED_WORDS, **EXACT)
     sets.scan(counts, status, numel, choose=signs)
-    return mask, negative, counts, status
+    return mask, negative, counts
 
 
-def pad_signs(grad: Tensor, residual: Tensor | None, tau: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor]:
+def pad_signs(grad: Tensor, residual: Tensor | None, tau: Tensor, left: Tensor | None, status: Tensor) -> Tensor:
     """:func:`encode_signs` without waiting: the payload, with room for the longest there can be, and the status."""
     numel = grad.numel()
-    mask, negative, counts, status = mark(grad, residual, tau, left, signs=True)
+    mask, negative, counts = mark(grad, residual, tau, left, status, signs=True)
     out = torch.zeros(_words_for(2 * -(-numel // 8)), dtype=torch.int32, device=grad.device)
     marks = _new_list(grad, sets.list_capacity(numel))
     sets.spread(mask, negative, counts, marks, out, status, numel)
     sets.write_list(marks, out, status, numel, signed=True, with_values=False)
-    return out, status
+    return out
 
 
 def pad_values(
@@ -209,7 +213,8 @@ def pad_values(
         room: nor if more do. Where there is none and acc is finite, ``left``, if given, is acc.
     """
     numel = grad.numel()
-    mask, _, counts, status = mark(grad, residual, tau, left, signs=False)
+    status = new_status(grad)
+    mask, _, counts = mark(grad, residual, tau, left, status, signs=False)
     marks = _new_list(grad, room)
     sets.spread(mask, None, counts, marks, mask, status, numel)
     most = min(most, room)
@@ -229,10 +234,40 @@ def encode_signs(
 ) -> tuple[Tensor, int] | float:
     """:func:`gradcomp.kernels.reference.encode_signs`, bit for bit; waits for the count, once, at the end."""
     if not grad.numel():
-        return grad.new_empty(0, dtype=torch.uint8), 0
-    left = None if residual is None else left
-    out, status = pad_signs(grad, residual, _scalar(grad, tau), left)
+        return _nothing(grad)
+    left, status = None if residual is None else left, new_status(grad)
+    out = pad_signs(grad, residual, _scalar(grad, tau), left, status)
     return _payload(out, status.tolist())
+
+
+def encode_signs_sampled(
+    grad: Tensor, residual: Tensor, tau: float, density: float, weight: float, *, left: Tensor
+) -> tuple[Tensor, int, float] | float:
+    """:func:`gradcomp.kernels.reference.encode_signs_sampled`, bit for bit; waits once, at the end."""
+    if not grad.numel():
+        return *_nothing(grad), 0.0
+    status = new_status(grad)
+    out = _pad_sampled(grad, residual, _scalar(grad, tau), density, weight, left, status)
+    noted = status.tolist()
+    found = _payload(out, noted)
+    return found if isinstance(found, float) else (*found, float_of(noted[NEXT_TAU.value]))
+
+
+def encode_signs_share(
+    grad: Tensor, residual: Tensor | None, density: float, weight: float, *, left: Tensor | None = None
+) -> tuple[Tensor, int, float, float] | float:
+    """:func:`gradcomp.kernels.reference.encode_signs_share`, bit for bit; waits once, at the end."""
+    if not grad.numel():
+        return *_nothing(grad), 0.0, 0.0
+    status = new_status(grad)
+    tau = note_best(sample_largest(grad, residual, density), status[TAU.value :])
+    if residual is None or left is None:
+        out = pad_signs(grad, residual, tau, None, status)
+    else:
+        out = _pad_sampled(grad, residual, tau, density, weight, left, status)
+    noted = status.tolist()
+    found = _payload(out, noted)
+    return found if isinstance(found, float) else (*found, float_of(noted[TAU.value]), float_of(noted[NEXT_TAU.value]))
 
 
 def encode_largest(
@@ -255,16 +290,25 @@ def encode_above(
     return _encode_values(grad, residual, _scalar(grad, tau), most, k, 0, left)
 
 
-def sample_largest(grad: Tensor, residual: Tensor | None, density: float, weight: float = 1.0) -> Tensor:
-    """:func:`gradcomp.kernels.reference.sample_largest`, bit for bit."""
+def encode_above_sampled(
+    grad: Tensor, residual: Tensor | None, density: float, most: int, k: int, *, left: Tensor | None = None
+) -> tuple[Tensor, int] | float:
+    """:func:`gradcomp.kernels.reference.encode_above_sampled`, bit for bit; waits once, at the end."""
+    if not grad.numel():
+        return _nothing(grad)
+    tau = below_least(sample_largest(grad, residual, density))
+    return _encode_values(grad, residual, tau, most, k, 0, left)
+
+
+def _pad_sampled(
+    grad: Tensor, residual: Tensor, tau: Tensor, density: float, weight: float, left: Tensor, status: Tensor
+) -> Tensor:
+    """:func:`pad_signs`, and the threshold of the next step in the status."""
     stride, count = sample_size(grad.numel(), density)
-    length = -(-grad.numel() // stride)
-    sample = grad.new_empty(length, dtype=torch.float32)
-    if length:
-        held = grad if residual is None else residual
-        launch = grid(length, _SAMPLE_BLOCK)
-        _sample[launch](grad, held, sample, length, stride, weight, residual is not None, _SAMPLE_BLOCK, **EXACT)
-    return sample.topk(count).values
+    sample = grad[::stride].to(torch.float32) * weight  # now, for left may be grad
+    out = pad_signs(grad, residual, tau, left, status)
+    note_best(sample.add_(left[::stride]).abs_().topk(count).values, status[NEXT_TAU.value :])
+    return out
 
 
 def _encode_values(
@@ -273,7 +317,7 @@ def _encode_values(
     """What passes ``tau``, or the ``k`` largest of that if more than ``most`` do; of less if fewer than ``least``."""
     numel = grad.numel()
     if not numel:
-        return grad.new_empty(0, dtype=torch.uint8), 0
+        return _nothing(grad)
     left = None if residual is None else left
     room = min(max(4 * most, _LEAST_ROOM), numel)
     halved = False
@@ -297,6 +341,10 @@ def _payload(out: Tensor, status: list[int]) -> tuple[Tensor, int] | float:
         return math.inf if flags == 1 else -math.inf if flags == 2 else math.nan
     # A copy: what is left of the room is more than most packets are.
     return out.view(torch.uint8)[: status[NBYTES.value]].clone(), status[COUNT.value]
+
+
+def _nothing(grad: Tensor) -> tuple[Tensor, int]:
+    return grad.new_empty(0, dtype=torch.uint8), 0
 
 
 def _same(left: Tensor | None, residual: Tensor | None) -> bool:
