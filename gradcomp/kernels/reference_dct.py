@@ -38,6 +38,12 @@ def basis(size: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
+@cache
+def _basis_on(size: int, device: torch.device) -> Tensor:
+    """:func:`basis` on a device: copied there once, for a copy waits and cannot be captured in a CUDA graph."""
+    return basis(size).to(device)
+
+
 def _cosine(step: int, turn: int) -> float:
     """cos(2 pi step / turn), 0 <= step < turn, ``turn`` a multiple of 4, from IEEE operations alone."""
     step = min(step, turn - step)
@@ -72,7 +78,7 @@ def largest_coefficients(grad: Tensor, residual: Tensor | None, tiling: Tiling, 
     Returns:
         float32 and int64 [tiles, kept]: coefficients, and which, increasing. Not finite where acc or sums are not.
     """
-    down, across = basis(tiling.height).to(grad.device), basis(tiling.width).to(grad.device)
+    down, across = _basis_on(tiling.height, grad.device), _basis_on(tiling.width, grad.device)
     values, indices = [], []
     padded_columns = tiling.across * tiling.width
     for tiles, rows in _groups(tiling):
@@ -105,7 +111,7 @@ def add_spectrum(
     """
     if addend is not None:
         out += addend
-    down, across = basis(tiling.height).to(out.device), basis(tiling.width).to(out.device)
+    down, across = _basis_on(tiling.height, out.device), _basis_on(tiling.width, out.device)
     matrix = out.view(tiling.rows, tiling.columns)
     for tiles, rows in _groups(tiling):
         part = slice(tiles.start * tiling.across, tiles.stop * tiling.across)
