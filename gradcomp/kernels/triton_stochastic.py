@@ -32,6 +32,7 @@ _WARPS = 8
 
 _MANTISSA: tl.constexpr = tl.constexpr(0x7FFFFF)
 _TINY: tl.constexpr = tl.constexpr(0x00800000)  # the bits of the smallest normal number
+_AHEAD: tl.constexpr = tl.constexpr(16)  # runs whose sums are on their way together
 _CHANCE: tl.constexpr = tl.constexpr(2.0**-16)
 _HALF_CHANCE: tl.constexpr = tl.constexpr(2.0**-17)
 
@@ -195,8 +196,8 @@ def _find_scales(
         bound = most.to(tl.float32, bitcast=True).to(tl.float64)
         if l2 or clip > 0:
             total = tl.zeros((size,), tl.float64)
-            for start in range(0, runs, 4):
-                for ahead in tl.static_range(4):  # four loads on their way; a sum of squares and 0.0 is the same sum
+            for start in range(0, runs, _AHEAD):
+                for ahead in tl.static_range(_AHEAD):  # a sum of squares and 0.0 is the same sum
                     run = tl.zeros_like(which) + (start + ahead)
                     total += tl.load(sums + which * runs + run, mask=inside & (run < runs), other=0.0)
             if l2:
