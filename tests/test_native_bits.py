@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from same import assert_same
 from torch import Tensor
 
 from gradcomp import kernels
@@ -26,21 +27,6 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 def normal(numel: int, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    """The same bits, -0.0 told from 0.0; of floats NaN is NaN."""
-    if isinstance(expected, tuple):
-        assert isinstance(found, tuple)
-        for ours, theirs in zip(found, expected, strict=True):
-            assert_same(ours, theirs)
-    elif isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype
-        assert found.shape == expected.shape
-        assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
-    else:
-        assert type(found) is type(expected)
-        assert found == expected or (math.isnan(found) and math.isnan(expected))
 
 
 def copy(residual: Tensor | None) -> Tensor | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from same import assert_same, bits
 from torch import Tensor
 
 from gradcomp import kernels
@@ -25,20 +26,6 @@ LEVELS = ALL_LEVELS[: ALL_LEVELS.index(native.LEVEL) + 1] if native.AVAILABLE el
 SIZES = [0, 1, 2, 7, 8, 9, 31, 33, 63, 64, 65, 127, 128, 129, 1000, 4096 + 5]
 LONG = 2 * (1 << 17) + 77  # enough for two threads
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def assert_same(found: Found, expected: Found) -> None:
-    if isinstance(expected, float) or isinstance(found, float):
-        assert isinstance(found, float)
-        assert isinstance(expected, float)
-        assert found == expected or (math.isnan(found) and math.isnan(expected))
-        return
-    assert found[1] == expected[1]
-    assert torch.equal(found[0], expected[0])
 
 
 def check(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from same import assert_same
 from torch import Tensor
 
 from gradcomp import kernels
@@ -31,17 +32,6 @@ STOCHASTIC = [(127, "max", 0.0), (1, "max", 0.0), (1, "max", 2.5), (5, "l2", 0.0
 
 def normal(numel: int, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    """The same bits, -0.0 told from 0.0; of floats NaN is NaN."""
-    if isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype
-        assert found.shape == expected.shape
-        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
-    else:
-        assert type(found) is type(expected)
-        assert found == expected or (math.isnan(found) and math.isnan(expected))
 
 
 def check_encode(

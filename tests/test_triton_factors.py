@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from same import assert_same
 from torch import Tensor
 from triton_device import DEVICE
 
@@ -16,12 +17,6 @@ from gradcomp.kernels import reference, triton_factors
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    assert found.dtype == expected.dtype
-    assert found.shape == expected.shape
-    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 257, 1000, 4095, 4097, 10_001])

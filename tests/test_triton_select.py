@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from same import assert_same, bits
 from torch import Tensor
 from triton_device import DEVICE
 
@@ -21,21 +22,6 @@ BLOCK = 4096
 FLOAT32_MAX = torch.finfo(torch.float32).max
 TINY = [1e-45, -1e-45, 1e-40, -1e-40, 1.1754942e-38, 0.0, -0.0, FLOAT32_MAX, -FLOAT32_MAX]
 EVERYWHERE = ("nowhere", "residual", "grad")
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def assert_same(found: Found, expected: Found) -> None:
-    if isinstance(expected, float) or isinstance(found, float):
-        assert isinstance(found, float)
-        assert isinstance(expected, float)
-        assert found == expected or (math.isnan(found) and math.isnan(expected))
-        return
-    assert found[1] == expected[1]
-    assert found[0].dtype == torch.uint8
-    assert torch.equal(found[0], expected[0])
 
 
 def check(

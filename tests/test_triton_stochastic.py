@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from same import assert_same
 from torch import Tensor
 from triton_device import DEVICE
 
@@ -26,17 +27,6 @@ STOCHASTIC = [(127, "max", 0.0), (1, "max", 0.0), (1, "max", 2.5), (5, "l2", 0.0
 
 def normal(numel: int, seed: int = 0) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    """The same bits, -0.0 told from 0.0; of floats NaN is NaN."""
-    if isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype
-        assert found.shape == expected.shape
-        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
-    else:
-        assert type(found) is type(expected)
-        assert found == expected or (math.isnan(found) and math.isnan(expected))
 
 
 def check(name: str, grad: Tensor, residual: Tensor | None, *options: Any) -> Any:
@@ -76,6 +66,13 @@ def test_random_numbers(key: int, step: int, start: int) -> None:
     for first in (start, (1 << 64) - 100 - start):
         of_reference = reference_random.philox(key, step, first, 77, DEVICE)
         assert_same(triton_random.philox(key, step, first, 77, DEVICE), of_reference)
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 2049])
+def test_random_words(count: int) -> None:
+    stream = triton_random.new_stream(KEY, STEP, DEVICE)
+    expected = reference_random.philox(KEY, STEP, 0, -(-count // 4), DEVICE).view(-1)[:count]
+    assert_same(triton_random.random_words(stream, count), expected)
 
 
 def test_no_random_numbers() -> None:

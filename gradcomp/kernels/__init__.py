@@ -19,15 +19,24 @@ from gradcomp.kernels.operators import (
     add_levels,
     add_powers,
     add_scaled,
+    add_spectrum,
     cast,
     clear,
     code_bits,
+    code_powers,
+    code_stochastic,
     code_values,
+    combine,
+    largest_coefficients,
+    norms,
+    orthonormal,
     pack_votes,
+    project,
+    random_words,
 )
 from gradcomp.kernels.quantize import encode_float8, encode_int8, encode_levels, encode_ternary
 from gradcomp.kernels.random import philox
-from gradcomp.kernels.reference import largest_coefficients, sample_size
+from gradcomp.kernels.reference import sample_size
 from gradcomp.kernels.select import (
     encode_above,
     encode_above_sampled,
@@ -39,7 +48,6 @@ from gradcomp.kernels.select import (
     sample_threshold,
 )
 from gradcomp.kernels.stochastic import encode_powers, encode_stochastic
-from gradcomp.kernels.transform import add_spectrum, combine, norms, orthonormal, project
 
 __all__ = [
     "add_bits",
@@ -56,6 +64,8 @@ __all__ = [
     "cast",
     "clear",
     "code_bits",
+    "code_powers",
+    "code_stochastic",
     "code_values",
     "combine",
     "encode_above",
@@ -79,6 +89,7 @@ __all__ = [
     "pack_votes",
     "philox",
     "project",
+    "random_words",
     "sample_largest",
     "sample_size",
     "sample_threshold",

@@ -1,8 +1,8 @@
 """Kernels that torch.compile may trace: operators of torch.library, ``torch.ops.gradcomp``, on any device.
 
 These are the kernels whose results have a size that is known beforehand and which tell the host nothing: what adds a
-packet to a vector, casts, packs and quantizes. With Triton they wait for nothing on CUDA, so that a CUDA graph can hold
-them. The others return what only the values decide (how many elements a packet names): no graph can.
+packet to a vector, casts, packs, quantizes and transforms. With Triton they wait for nothing on CUDA, so that a CUDA
+graph can hold them. The others return what only the values decide (how many elements a packet names): no graph can.
 
 While torch.compile traces, a call becomes the operator's; any other call is the plain function's: by way of the
 dispatcher the smallest of them took 13 times as long.
@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gradcomp.kernels import bits, codes, dense, quantize, stochastic, transform, triton
+from gradcomp.errors import ConfigError
+from gradcomp.kernels import bits, codes, dense, quantize, random, reference, stochastic, transform, triton
+from gradcomp.tiles import Tiling
 
 __all__ = [
     "add_bits",
@@ -28,11 +30,20 @@ __all__ = [
     "add_levels",
     "add_powers",
     "add_scaled",
+    "add_spectrum",
     "cast",
     "clear",
     "code_bits",
+    "code_powers",
+    "code_stochastic",
     "code_values",
+    "combine",
+    "largest_coefficients",
+    "norms",
+    "orthonormal",
     "pack_votes",
+    "project",
+    "random_words",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -177,4 +188,138 @@ code_bits = _operator(
     _code_bits,
     "(Tensor grad, Tensor(a!)? residual, int block, bool symmetric=False, bool update=False) -> (Tensor, Tensor)",
     lambda grad, residual, block, symmetric=False, update=False: _like_coded(grad, _bits_nbytes(grad.numel(), block)),
+)
+
+
+def _code_stochastic(
+    grad: Tensor,
+    residual: Tensor | None,
+    levels: int,
+    block: int,
+    norm: str,
+    clip: float,
+    stream: Tensor,
+    update: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`code_values`, of :func:`gradcomp.kernels.reference.encode_stochastic`.
+
+    Args:
+        stream: int64 [2] on grad's device, the bits of key and step: what decides all random numbers. It is read when
+            the kernels run, and not changed. The same stream gives the same codes, so who captures this in a CUDA graph
+            counts the step on, in place, once for every replay: ``stream[1].add_(1)``, captured with it or called
+            between replays. Another key for each tensor and rank: :func:`gradcomp.randomness.stream_key`.
+    """
+    _check_stream(stream, grad)
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_stochastic
+
+        return triton_stochastic.code_stochastic(grad, residual, levels, block, norm, clip, stream, update)
+    key, step = random.words_of(stream)
+    found = stochastic.encode_stochastic(grad, residual, levels, block, norm, clip, key, step, update)
+    return _with_status(found, grad, _stochastic_nbytes(grad.numel(), levels, block))
+
+
+def _code_powers(
+    grad: Tensor, residual: Tensor | None, block: int, stream: Tensor, update: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As :func:`code_stochastic`, of :func:`gradcomp.kernels.reference.encode_powers`."""
+    _check_stream(stream, grad)
+    if triton.takes(grad):
+        from gradcomp.kernels import triton_stochastic
+
+        return triton_stochastic.code_powers(grad, residual, block, stream, update)
+    found = stochastic.encode_powers(grad, residual, block, *random.words_of(stream), update)
+    return _with_status(found, grad, _payload_nbytes("powers", grad.numel(), 8, block))
+
+
+def _check_stream(stream: Tensor, grad: Tensor) -> None:
+    if stream.dtype != torch.int64 or stream.shape != (2,) or stream.device != grad.device:
+        raise ConfigError(
+            f"stream={stream.dtype}{list(stream.shape)} on {stream.device} is not allowed; it must be torch.int64[2] "
+            f"on {grad.device}, as grad is"
+        )
+
+
+def _stochastic_nbytes(numel: int, levels: int, block: int) -> int:
+    return _payload_nbytes("stochastic", numel, levels.bit_length() + 1, block)
+
+
+code_stochastic = _operator(
+    _code_stochastic,
+    "(Tensor grad, Tensor(a!)? residual, int levels, int block, str norm, float clip, Tensor stream, "
+    "bool update=False) -> (Tensor, Tensor)",
+    lambda grad, residual, levels, block, norm, clip, stream, update=False: _like_coded(
+        grad, _stochastic_nbytes(grad.numel(), levels, block)
+    ),
+)
+code_powers = _operator(
+    _code_powers,
+    "(Tensor grad, Tensor(a!)? residual, int block, Tensor stream, bool update=False) -> (Tensor, Tensor)",
+    lambda grad, residual, block, stream, update=False: _like_coded(
+        grad, _payload_nbytes("powers", grad.numel(), 8, block)
+    ),
+)
+random_words = _operator(
+    random.random_words,
+    "(Tensor stream, int count) -> Tensor",
+    lambda stream, count: stream.new_empty(count),
+)
+
+
+def _add_spectrum(
+    out: Tensor,
+    values: Tensor,
+    index: Tensor,
+    tiling: Sequence[int],
+    scale: float,
+    addend: Tensor | None = None,
+    threads: int | None = None,
+) -> None:
+    """:func:`gradcomp.kernels.transform.add_spectrum`; ``tiling``: a :class:`gradcomp.tiles.Tiling`."""
+    transform.add_spectrum(out, values, index, Tiling(*tiling), scale, addend, threads)
+
+
+def _largest_coefficients(
+    grad: Tensor, residual: Tensor | None, tiling: Sequence[int], kept: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`gradcomp.kernels.reference.largest_coefficients`."""
+    return reference.largest_coefficients(grad, residual, Tiling(*tiling), kept)
+
+
+def _like_coefficients(
+    grad: Tensor, residual: Tensor | None, tiling: Sequence[int], kept: int
+) -> tuple[Tensor, Tensor]:
+    shape = Tiling(*tiling).tiles, kept
+    return grad.new_empty(shape, dtype=torch.float32), grad.new_empty(shape, dtype=torch.int64)
+
+
+add_spectrum = _operator(
+    _add_spectrum,
+    "(Tensor(a!) out, Tensor values, Tensor index, int[] tiling, float scale, Tensor? addend=None, int? threads=None) "
+    "-> ()",
+)
+largest_coefficients = _operator(
+    _largest_coefficients,
+    "(Tensor grad, Tensor? residual, int[] tiling, int kept) -> (Tensor, Tensor)",
+    _like_coefficients,
+)
+project = _operator(
+    transform.project,
+    "(Tensor grad, Tensor? residual, Tensor right) -> Tensor",
+    lambda grad, residual, right: right.new_empty((right.shape[0], grad.numel() // right.shape[1])),
+)
+combine = _operator(
+    transform.combine,
+    "(Tensor grad, Tensor? residual, Tensor left) -> Tensor",
+    lambda grad, residual, left: left.new_empty((left.shape[0], grad.numel() // left.shape[1])),
+)
+orthonormal = _operator(
+    transform.orthonormal,
+    "(Tensor rows) -> Tensor",
+    lambda rows: rows.new_empty(rows.shape),
+)
+norms = _operator(
+    transform.norms,
+    "(Tensor rows) -> Tensor",
+    lambda rows: rows.new_empty(rows.shape[:1], dtype=torch.float64),
 )

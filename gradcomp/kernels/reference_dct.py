@@ -15,7 +15,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gradcomp.lanes import to_device
 from gradcomp.tiles import Tiling
 
 __all__ = ["add_spectrum", "basis", "largest_coefficients"]
@@ -39,9 +38,10 @@ def basis(size: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def _bases(tiling: Tiling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For down and across."""
-    return to_device(basis(tiling.height), device), to_device(basis(tiling.width), device)
+@cache
+def _basis_on(size: int, device: torch.device) -> Tensor:
+    """:func:`basis` on a device: copied there once, for a copy waits and cannot be captured in a CUDA graph."""
+    return basis(size).to(device)
 
 
 def _cosine(step: int, turn: int) -> float:
@@ -78,7 +78,7 @@ def largest_coefficients(grad: Tensor, residual: Tensor | None, tiling: Tiling, 
     Returns:
         float32 and int64 [tiles, kept]: coefficients, and which, increasing. Not finite where acc or sums are not.
     """
-    down, across = _bases(tiling, grad.device)
+    down, across = _basis_on(tiling.height, grad.device), _basis_on(tiling.width, grad.device)
     values, indices = [], []
     padded_columns = tiling.across * tiling.width
     for tiles, rows in _groups(tiling):
@@ -111,7 +111,7 @@ def add_spectrum(
     """
     if addend is not None:
         out += addend
-    down, across = _bases(tiling, out.device)
+    down, across = _basis_on(tiling.height, out.device), _basis_on(tiling.width, out.device)
     matrix = out.view(tiling.rows, tiling.columns)
     for tiles, rows in _groups(tiling):
         part = slice(tiles.start * tiling.across, tiles.stop * tiling.across)

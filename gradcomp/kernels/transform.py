@@ -36,7 +36,8 @@ def project(grad: Tensor, residual: Tensor | None, right: Tensor) -> Tensor:
     if isinstance(encode_signs(grad, residual, torch.finfo(torch.float32).max), float):
         return torch.full((len(right), grad.numel() // columns), math.nan, device=grad.device)
     # Not the sum's product: it would have to be written first.
-    return reduce(torch.add, [part.view(-1, columns) @ right.t() for part in _parts(grad, residual)]).t()
+    sums = reduce(torch.add, [part.view(-1, columns) @ right.t() for part in _parts(grad, residual)])
+    return sums.t().contiguous()
 
 
 def combine(grad: Tensor, residual: Tensor | None, left: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def orthonormal(rows: Tensor) -> Tensor:
         from gradcomp.kernels import triton_factors
 
         return triton_factors.orthonormal(rows)
-    return reference.orthonormal(rows)
+    return reference.orthonormal(rows.contiguous())
 
 
 def norms(rows: Tensor) -> Tensor:

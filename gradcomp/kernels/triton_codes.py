@@ -10,7 +10,7 @@ from torch import Tensor
 from gradcomp.kernels.triton import EXACT, grid
 from gradcomp.kernels.triton_blocks import TILE, Layout, place, unpack
 
-__all__ = ["add_codes", "add_float8", "add_levels", "add_pairs", "find_code", "float8_value"]
+__all__ = ["add_codes", "add_float8", "add_levels", "add_pairs", "add_powers", "find_code", "float8_value"]
 
 
 @triton.jit
@@ -21,6 +21,12 @@ def float8_value(code):
     small = magnitude.to(tl.float32) * 0.001953125  # 2**-9
     absolute = tl.where(magnitude < 8, small, normal)
     return (absolute.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _power(code):
+    """What a byte of the reference's encode_powers stands for, as int32, over the block's scale."""
+    return (((127 - (code & 127)) << 23) | ((code >> 7) << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -43,6 +49,8 @@ def _add(
         step = tl.load(parameters + row, mask=exists, other=0.0)[:, None]
         if form == "float8":
             signed = float8_value(code)
+        elif form == "powers":
+            signed = _power(code)
         elif bits == 2:
             signed = ((code & 1) - (code >> 1)).to(tl.float32)
         else:
@@ -105,6 +113,13 @@ def add_float8(
 ) -> None:
     """:func:`gradcomp.kernels.reference.add_float8`, bit for bit."""
     _launch(out, scales.contiguous(), codes, "float8", 8, block, scale, addend)
+
+
+def add_powers(
+    out: Tensor, scales: Tensor, codes: Tensor, block: int, scale: float, addend: Tensor | None = None
+) -> None:
+    """:func:`gradcomp.kernels.reference.add_powers`, bit for bit."""
+    _launch(out, scales.contiguous(), codes, "powers", 8, block, scale, addend)
 
 
 def add_pairs(out: Tensor, scales: Tensor, bits: Tensor, block: int, addend: Tensor | None = None) -> None:

@@ -32,6 +32,8 @@ _LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 _LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 _LESS: tl.constexpr = tl.constexpr(1.0 - 2.0**-22)
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it becomes whole, ties to even
+# div_rn takes denormals for 0 in Triton 3.2, no longer in 3.6.
+_FLUSHES: tl.constexpr = tl.constexpr(triton.__version__.startswith(("3.2.", "3.3.", "3.4.", "3.5.")))
 _ROUNDER_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 
 
@@ -61,9 +63,19 @@ def _extremes(acc, inside, exists, form: tl.constexpr):
 
 
 @triton.jit
+def _divide(dividend, divisor):
+    """Of float32s, rounded to nearest. In float64 that is so, too: no quotient is that near to the middle of two."""
+    if _FLUSHES:
+        quotient = (dividend.to(tl.float64) / divisor.to(tl.float64)).to(tl.float32)
+    else:
+        quotient = tl.math.div_rn(dividend, divisor)
+    return quotient
+
+
+@triton.jit
 def _finite_step(low, span, last: tl.constexpr):
     """span / last; a little less where rounding would make low + last * step infinite."""
-    step = tl.math.div_rn(span, tl.full(span.shape, last, tl.float32))
+    step = _divide(span, tl.full(span.shape, last, tl.float32))
     return tl.where(magnitude_of(low + step * last) < INFINITY, step, step * _LESS)
 
 
@@ -118,9 +130,9 @@ def _encode(
         divisor = tl.where(step > 0, step, 1.0)[:, None]
         low, step = low[:, None], step[:, None]
         if form == "levels":
-            quotient = tl.minimum(tl.math.div_rn(acc - low, tl.broadcast_to(divisor, acc.shape)), last)
+            quotient = tl.minimum(_divide(acc - low, tl.broadcast_to(divisor, acc.shape)), last)
         else:
-            quotient = tl.math.div_rn(acc, tl.broadcast_to(divisor, acc.shape))
+            quotient = _divide(acc, tl.broadcast_to(divisor, acc.shape))
             quotient = tl.maximum(tl.minimum(quotient, last), -last)
         if form == "float8":
             code = _float8_code(quotient)

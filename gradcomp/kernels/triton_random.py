@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradcomp.kernels.triton import grid
 
-__all__ = ["draw", "new_stream", "philox", "random_halves"]
+__all__ = ["draw", "new_stream", "philox", "random_halves", "random_words"]
 
 _GROUPS = 64
 _COUNTERS = 512
@@ -83,6 +83,15 @@ def philox(key: int, step: int, start: int, count: int, device: torch.device) ->
         stream = words.to(device, non_blocking=True)
         _philox[grid(count, _COUNTERS)](stream, stream[2:], out, count, _COUNTERS)
     return out
+
+
+def random_words(stream: Tensor, count: int) -> Tensor:
+    """:func:`gradcomp.kernels.random.random_words`, bit for bit."""
+    positions = -(-count // 4)
+    out = torch.empty(4 * positions, dtype=torch.int64, device=stream.device)
+    if count:
+        _philox[grid(positions, _COUNTERS)](stream, torch.zeros_like(stream), out, positions, _COUNTERS)
+    return out[:count]
 
 
 def random_halves(key: int, step: int, start: int, count: int, device: torch.device) -> Tensor:

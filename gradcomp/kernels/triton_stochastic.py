@@ -6,8 +6,8 @@ norms are made of and whether acc is finite, then codes and the residual, which 
 waits for the host before all is done. A sum of squares is made of runs' sums, added up in their order: where one block
 is as large as the whole tensor, adding up one float64 for every 512 elements is a single thread's work.
 
-``sweep_*`` never wait: their arguments' sizes say how large the payload is. They return it and an int32 that is not 0
-if acc is not finite; then the payload means nothing.
+``code_*`` never wait: their arguments' sizes say how large the payload is. They return it and two
+int32: if one of them is not 0, acc is not finite, and the payload is worth nothing.
 """
 
 from __future__ import annotations
@@ -19,35 +19,29 @@ from torch import Tensor
 
 from gradcomp.kernels.reference_stochastic import stochastic_limit
 from gradcomp.kernels.triton import EXACT, grid
-from gradcomp.kernels.triton_blocks import load_acc, nonfinite_sum
+from gradcomp.kernels.triton_blocks import INFINITY, TILE, load_acc, magnitude_of, nonfinite_sum, status_of
+from gradcomp.kernels.triton_codes import add_powers
 from gradcomp.kernels.triton_random import draw, new_stream
 
-__all__ = ["add_powers", "encode_powers", "encode_stochastic", "sweep_powers", "sweep_stochastic"]
+__all__ = ["add_powers", "code_powers", "code_stochastic", "encode_powers", "encode_stochastic"]
 
-_TILE = 4096
 _RUN = 512  # of reference_sums
 _RUNS = 64  # in one program
 _BLOCKS = 32
 _WARPS = 8
 
-_INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
-_MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 _MANTISSA: tl.constexpr = tl.constexpr(0x7FFFFF)
 _TINY: tl.constexpr = tl.constexpr(0x00800000)  # the bits of the smallest normal number
+_AHEAD: tl.constexpr = tl.constexpr(16)  # runs whose sums are on their way together
 _CHANCE: tl.constexpr = tl.constexpr(2.0**-16)
 _HALF_CHANCE: tl.constexpr = tl.constexpr(2.0**-17)
-
-
-@triton.jit
-def _bits(values):
-    return values.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _level_scale(bound, levels: tl.constexpr, limit: tl.constexpr):
     """Scales and what to multiply by, of blocks whose norms are ``bound``, float64."""
     scale = tl.minimum(bound / levels, limit).to(tl.float32)
-    scale = tl.where(_bits(scale) < _TINY, 0.0, scale)
+    scale = tl.where(magnitude_of(scale) < _TINY, 0.0, scale)
     inverse = 1.0 / tl.where(scale > 0, scale, 1.0).to(tl.float64)
     return scale, tl.where(scale > 0, inverse, 0.0).to(tl.float32)
 
@@ -55,7 +49,7 @@ def _level_scale(bound, levels: tl.constexpr, limit: tl.constexpr):
 @triton.jit
 def _power_scale(largest):
     """The same for powers of two, of the bits of the largest magnitudes."""
-    top = (tl.minimum(largest, _INFINITY - 1) + _MANTISSA) >> 23
+    top = (tl.minimum(largest, INFINITY - 1) + _MANTISSA) >> 23
     top = tl.minimum(tl.maximum(top, 127), 254)
     inverse = tl.maximum((254 - top) << 23, 1 << 22)
     return (top << 23).to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
@@ -66,7 +60,7 @@ def _quantize(acc, scale, inverse, half, levels: tl.constexpr, bits: tl.constexp
     """Codes and what they stand for; ``levels`` 0: powers of two."""
     magnitude = tl.abs(acc) * inverse
     if levels == 0:
-        exponent = tl.minimum((_bits(magnitude) + (half << 7) + 64) >> 23, 127)
+        exponent = tl.minimum((magnitude_of(magnitude) + (half << 7) + 64) >> 23, 127)
         sign = ((acc < 0) & (exponent > 0)).to(tl.int32)
         code = (127 - exponent) | (sign << 7)
         decoded = ((exponent << 23) | (sign << 31)).to(tl.float32, bitcast=True) * scale
@@ -81,7 +75,10 @@ def _quantize(acc, scale, inverse, half, levels: tl.constexpr, bits: tl.constexp
 
 @triton.jit
 def _store_codes(codes, code, start, numel, bits: tl.constexpr, width: tl.constexpr, tile: tl.constexpr):
-    """``bits`` bits each, lowest first; ``width``: the power of two from ``bits`` on."""
+    """``bits`` bits each, lowest first; ``width``: the power of two from ``bits`` on.
+
+    As triton_blocks.pack for a single row, whose masks and layouts made the kernels here a third longer.
+    """
     at = start + tl.arange(0, tile)
     if bits == 8:
         tl.store(codes + at, code.to(tl.uint8), mask=at < numel)
@@ -117,8 +114,8 @@ def _encode_once(
     start = tl.program_id(0).to(tl.int64) * tile
     at = start + tl.arange(0, tile)
     acc = load_acc(grad, residual, at, at < numel, has_residual)
-    largest = tl.max(tl.reshape(_bits(acc) & _MAGNITUDE, (rows, block)), axis=1)
-    if tl.max(largest, axis=0) >= _INFINITY:
+    largest = tl.max(tl.reshape(magnitude_of(acc), (rows, block)), axis=1)
+    if tl.max(largest, axis=0) >= INFINITY:
         tl.store(found, 1)  # whichever program comes first: all write the same
     else:
         if levels == 0:
@@ -136,7 +133,7 @@ def _encode_once(
 
 @triton.jit
 def _keep_largest(largest, found, most, which, inside, alone: tl.constexpr):
-    if tl.max(most, axis=0) >= _INFINITY:
+    if tl.max(most, axis=0) >= INFINITY:
         tl.store(found, 1)
     if alone:  # no other program has elements of these blocks
         tl.store(largest + which, most, mask=inside)
@@ -155,7 +152,7 @@ def _find_largest(
     start = tl.multiple_of(first + (row - which * parts) * width, [8])
     at = start[:, None] + tl.arange(0, width)[None, :]
     acc = load_acc(grad, residual, at, at < tl.minimum(first + block, numel)[:, None], has_residual)
-    most = tl.max(_bits(acc) & _MAGNITUDE, axis=1)
+    most = tl.max(magnitude_of(acc), axis=1)
     _keep_largest(largest, found, most, which, first < numel, alone)
 
 
@@ -174,7 +171,7 @@ def _sum_runs(
     for step in range(steps):
         at = start[:, None] + 16 * step + tl.arange(0, 16)[None, :]
         acc = load_acc(grad, residual, at, at < end, has_residual)
-        most = tl.maximum(most, _bits(acc) & _MAGNITUDE)
+        most = tl.maximum(most, magnitude_of(acc))
         wide = acc.to(tl.float64)
         lanes += wide * wide
     # Sums of two have no order.
@@ -199,8 +196,8 @@ def _find_scales(
         bound = most.to(tl.float32, bitcast=True).to(tl.float64)
         if l2 or clip > 0:
             total = tl.zeros((size,), tl.float64)
-            for start in range(0, runs, 4):
-                for ahead in tl.static_range(4):  # four loads on their way; a sum of squares and 0.0 is the same sum
+            for start in range(0, runs, _AHEAD):
+                for ahead in tl.static_range(_AHEAD):  # a sum of squares and 0.0 is the same sum
                     run = tl.zeros_like(which) + (start + ahead)
                     total += tl.load(sums + which * runs + run, mask=inside & (run < runs), other=0.0)
             if l2:
@@ -232,22 +229,6 @@ def _encode_scaled(
             tl.store(residual + at, acc - decoded, mask=at < numel)
 
 
-@triton.jit
-def _add_powers(
-    out, scales, codes, addend, numel, block, scale, has_addend: tl.constexpr, tile: tl.constexpr
-):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * tile
-    at = start + tl.arange(0, tile)
-    inside = at < numel
-    code = tl.load(codes + at, mask=inside, other=127).to(tl.int32)
-    power = (((127 - (code & 127)) << 23) | ((code >> 7) << 31)).to(tl.float32, bitcast=True)
-    total = tl.load(out + at, mask=inside)
-    if has_addend:
-        total += tl.load(addend + at, mask=inside).to(tl.float32)
-    total += power * _of_blocks(scales, start, numel, block, tile) * scale
-    tl.store(out + at, total, mask=inside)
-
-
 def encode_stochastic(
     grad: Tensor,
     residual: Tensor | None,
@@ -261,31 +242,19 @@ def encode_stochastic(
 ) -> Tensor | float:
     """:func:`gradcomp.kernels.reference.encode_stochastic`, bit for bit."""
     stream = new_stream(key, step, grad.device)
-    payload, found = sweep_stochastic(grad, residual, levels, block, norm, clip, stream, update)
-    return nonfinite_sum(grad, residual) if bool(found) else payload
+    payload, status = code_stochastic(grad, residual, levels, block, norm, clip, stream, update)
+    return nonfinite_sum(grad, residual) if any(status.tolist()) else payload
 
 
 def encode_powers(
     grad: Tensor, residual: Tensor | None, block: int, key: int, step: int, update: bool = False
 ) -> Tensor | float:
     """:func:`gradcomp.kernels.reference.encode_powers`, bit for bit."""
-    payload, found = sweep_powers(grad, residual, block, new_stream(key, step, grad.device), update)
-    return nonfinite_sum(grad, residual) if bool(found) else payload
+    payload, status = code_powers(grad, residual, block, new_stream(key, step, grad.device), update)
+    return nonfinite_sum(grad, residual) if any(status.tolist()) else payload
 
 
-def add_powers(
-    out: Tensor, scales: Tensor, codes: Tensor, block: int, scale: float, addend: Tensor | None = None
-) -> None:
-    """:func:`gradcomp.kernels.reference.add_powers`, bit for bit."""
-    numel = out.numel()
-    if numel:
-        other = out if addend is None else addend
-        _add_powers[grid(numel, _TILE)](
-            out, scales, codes, other, numel, block, scale, addend is not None, _TILE, num_warps=_WARPS, **EXACT
-        )
-
-
-def sweep_stochastic(
+def code_stochastic(
     grad: Tensor,
     residual: Tensor | None,
     levels: int,
@@ -295,7 +264,7 @@ def sweep_stochastic(
     stream: Tensor,
     update: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Payload and flag of :func:`encode_stochastic`; nothing waits.
+    """Payload and status of :func:`encode_stochastic`; nothing waits.
 
     Args:
         stream: int64 [2] on the device: :func:`gradcomp.kernels.triton_random.new_stream`.
@@ -303,10 +272,10 @@ def sweep_stochastic(
     return _sweep(grad, residual, levels, levels.bit_length() + 1, block, norm == "l2", clip, stream, update)
 
 
-def sweep_powers(
+def code_powers(
     grad: Tensor, residual: Tensor | None, block: int, stream: Tensor, update: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Payload and flag of :func:`encode_powers`; nothing waits."""
+    """Payload and status of :func:`encode_powers`; nothing waits."""
     return _sweep(grad, residual, 0, 8, block, False, 0.0, stream, update)
 
 
@@ -326,33 +295,33 @@ def _sweep(
     blocks, width = -(-numel // block), triton.next_power_of_2(bits)
     payload = torch.empty(4 * blocks + -(-numel * bits // 8), dtype=torch.uint8, device=device)
     scales, codes = payload[: 4 * blocks].view(torch.float32), payload[4 * blocks :]
-    found = torch.zeros((), dtype=torch.int32, device=device)
+    status = status_of(grad)  # the first of the two says all
     if not numel:
-        return payload, found
+        return payload, status
     limit = float(torch.tensor(stochastic_limit(bits), dtype=torch.float32))
     update = update and residual is not None
     other = grad if residual is None else residual
-    tiles = grid(numel, _TILE)
+    tiles = grid(numel, TILE)
     # Whole blocks, and whole groups of random numbers, in a tile.
-    if not (l2 or clip or update) and block <= _TILE and block & (block - 1) == 0:
+    if not (l2 or clip or update) and block <= TILE and block & (block - 1) == 0:
         _encode_once[tiles](
-            grad, other, stream, scales, codes, found, numel,
-            residual is not None, levels, limit, bits, width, block, _TILE, num_warps=_WARPS, **EXACT,
+            grad, other, stream, scales, codes, status, numel,
+            residual is not None, levels, limit, bits, width, block, TILE, num_warps=_WARPS, **EXACT,
         )  # fmt: skip
-        return payload, found
-    inverses = _measure(grad, residual, scales, found, block, levels, limit, l2, clip)
+        return payload, status
+    inverses = _measure(grad, residual, scales, status, block, levels, limit, l2, clip)
     _encode_scaled[tiles](
-        grad, other, stream, scales, inverses, codes, found, numel, block,
-        residual is not None, update, levels, bits, width, _TILE, num_warps=_WARPS, **EXACT,
+        grad, other, stream, scales, inverses, codes, status, numel, block,
+        residual is not None, update, levels, bits, width, TILE, num_warps=_WARPS, **EXACT,
     )  # fmt: skip
-    return payload, found
+    return payload, status
 
 
 def _measure(
     grad: Tensor,
     residual: Tensor | None,
     scales: Tensor,
-    found: Tensor,
+    status: Tensor,
     block: int,
     levels: int,
     limit: float,
@@ -369,13 +338,13 @@ def _measure(
         sums = torch.empty(blocks * runs, dtype=torch.float64, device=grad.device)
         steps = -(-min(block, _RUN) // 16)
         _sum_runs[grid(blocks * runs, _RUNS)](
-            grad, other, largest, sums, found, numel, block, runs, steps, has_residual, runs == 1, _RUNS, _RUN, **EXACT
+            grad, other, largest, sums, status, numel, block, runs, steps, has_residual, runs == 1, _RUNS, _RUN, **EXACT
         )
     else:
-        width = min(triton.next_power_of_2(block), _TILE)
-        parts, rows = -(-block // width), _TILE // width
+        width = min(triton.next_power_of_2(block), TILE)
+        parts, rows = -(-block // width), TILE // width
         _find_largest[grid(blocks * parts, rows)](
-            grad, other, largest, found, numel, block, parts, has_residual, parts == 1, rows, width, num_warps=_WARPS
+            grad, other, largest, status, numel, block, parts, has_residual, parts == 1, rows, width, num_warps=_WARPS
         )
     _find_scales[grid(blocks, _BLOCKS)](
         largest, sums, scales, inverses, numel, block, runs, l2, clip, levels, limit, _BLOCKS, num_warps=1, **EXACT
