@@ -34,21 +34,16 @@ def nothing() -> Iterator[Sequence[Incoming]]:
     yield ()
 
 
-def exchange_thread() -> threading.Thread:
-    (thread,) = (t for t in threading.enumerate() if t.name == "gradcomp-exchange")
-    return thread
-
-
 class RanOut(threading.Event):
     """A wait that runs out; then the thread fails, and is gone, before whoever waited looks."""
 
-    def __init__(self, go_on: threading.Event) -> None:
+    def __init__(self, thread: threading.Thread, go_on: threading.Event) -> None:
         super().__init__()
-        self._go_on = go_on
+        self._thread, self._go_on = thread, go_on
 
     def wait(self, timeout: float | None = None) -> bool:
         self._go_on.set()
-        exchange_thread().join(10)
+        self._thread.join(10)
         return False
 
 
@@ -60,7 +55,7 @@ def test_what_failed_just_after_a_wait_ran_out_is_said(driver: Driver, monkeypat
         yield from failing()
 
     driver.submit(waits(), StepRecord())
-    monkeypatch.setattr(driver, "_idle", RanOut(go_on))
+    monkeypatch.setattr(driver, "_idle", RanOut(driver._thread, go_on))
     with pytest.raises(TransportTimeout, match="nothing came"):
         driver.drain()
 

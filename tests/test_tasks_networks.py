@@ -209,7 +209,9 @@ def train(name: str, settings: list[str], *, epochs: int, batch_size: int, compr
 
 def test_sentences_train(tmp_path: Path) -> None:
     write_sentences(tmp_path)
-    losses = train("sentences", [f"data={tmp_path}"], epochs=4, batch_size=9, compressor="threshold:density=0.01")
+    losses = train(
+        "sentences", [f"data={tmp_path}", "lr=3e-3"], epochs=4, batch_size=9, compressor="threshold:density=0.01"
+    )
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
