@@ -101,7 +101,7 @@ def task(
     if optimizer == "adadelta":
         chosen = torch.optim.Adadelta(model.parameters(), lr=1.0 if lr is None else lr, rho=0.95, eps=1e-6)
     elif optimizer == "adam":
-        chosen = torch.optim.Adam(model.parameters(), lr=1e-3 if lr is None else lr)
+        chosen = torch.optim.Adam(model.parameters(), lr=1e-3 if lr is None else lr, fused=True)
     else:
         chosen = torch.optim.SGD(model.parameters(), lr=0.1 if lr is None else lr, momentum=0.5)
     return Task(
