@@ -322,6 +322,8 @@ def test_a_wrong_frame_is_refused(at: int, value: bytes, kind: int, says: str) -
 
 
 def test_a_rank_that_breaks_the_protocol_is_cut_off() -> None:
+    told = threading.Event()
+
     def body(transport: Any) -> None:
         connect(transport)
         transport.all_gather(Slot(0, 0, 0), b"all here")
@@ -331,5 +333,8 @@ def test_a_rank_that_breaks_the_protocol_is_cut_off() -> None:
         with pytest.raises(PeerLost, match=r"cut off|cut this rank off") as found:
             transport.wait([transport.recv(1 - transport.rank, Slot(1, 0, 0))])
         assert found.value.peer == 1 - transport.rank
+        if transport.rank == 1:
+            told.set()
+        assert told.wait(TIMEOUT_S)  # rank 0 must not leave before: its end of the line would go with it
 
     run_gloo(2, body)
