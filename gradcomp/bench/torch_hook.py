@@ -1,7 +1,6 @@
 """torch's own PowerSGD, as DistributedDataParallel runs it: its communication hook, on a rank that is alone.
 
-There is no process group: an all-reduce of one rank's has nothing to do, and the hook's three, which follow each other
-from one callback to the next, have been seen to crash over Gloo.
+There is no process group: an all-reduce of one rank's has nothing to do, and its way there and back is not to be timed.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def mark(
 
 
 def pad_signs(grad: Tensor, residual: Tensor | None, tau: Tensor, left: Tensor | None, status: Tensor) -> Tensor:
-    """:func:`encode_signs` without waiting: the payload, with room for the longest there can be, and the status."""
+    """:func:`encode_signs` without waiting: the payload, with room for the longest there can be; writes ``status``."""
     numel = grad.numel()
     mask, negative, counts = mark(grad, residual, tau, left, status, signs=True)
     out = torch.zeros(_words_for(2 * -(-numel // 8)), dtype=torch.int32, device=grad.device)
