@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from gradcomp.errors import ConfigError
 from gradcomp.integrations.tasks import Task, TaskFunction, evaluation_batches, load, train_batches
+from gradcomp.integrations.trainer import Trainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "tasks"
 
@@ -266,6 +268,28 @@ def test_cifar10_can_be_limited(tmp_path: Path) -> None:
     write_cifar10(tmp_path)
     images, labels = import_cifar10().read_records(tmp_path, ("data_batch_1.bin", "data_batch_2.bin"), 4)
     assert len(images) == len(labels) == 4
+
+
+def test_cifar10_can_anneal_by_steps(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, records=8)
+    function = load(str(EXAMPLES / "cifar10.py"))
+    settings = [f"folder={tmp_path}", "network=resnet20", "lr=0.2"]
+    by_epochs = function.build(settings)
+    assert by_epochs.step_scheduler is None
+    assert by_epochs.scheduler is not None
+    task = function.build([*settings, "steps=4"])
+    assert task.scheduler is None
+    trainer = Trainer(task, torch.device("cpu"))
+    assert isinstance(task.train_data, tuple)
+    images, labels = task.train_data
+    rates = []
+    for _ in range(5):
+        rates.append(task.optimizer.param_groups[0]["lr"])
+        trainer.step(images[:4], labels[:4])
+    cosine = [0.1 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
+    assert rates == pytest.approx(cosine, abs=1e-9)
+    with pytest.raises(ConfigError, match=r"steps must be at least 1.*got 0"):
+        function.build([*settings, "steps=0"])
 
 
 def test_crop_and_flip_moves_whole_images() -> None:

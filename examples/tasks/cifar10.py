@@ -44,12 +44,16 @@ def task(
     limit: int | None = None,
     batch_size: int = 32,
     epochs: int = 30,
+    steps: int | None = None,
 ) -> Task:
     """Options: where the data are (``folder``, or ``data``, which means the same), which network, SGD's settings.
 
     ``limit`` is for a run on the first records only. The learning rate (0.05, for sigmoids 0.0125, if none is given)
-    follows half a cosine down to zero over the epochs. Momentum is low because a residual is one already.
+    follows half a cosine down to zero over the epochs, or over ``steps`` steps of a worker, for a run of an epoch or
+    two. Momentum is low because a residual is one already.
     """
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be at least 1: the steps of a worker in all its epochs, got {steps}")
     where = folder if folder is not None else data
     if where is None:
         raise ConfigError(
@@ -59,6 +63,7 @@ def task(
     model = NETWORKS[network](activation)
     rate = learning_rate(lr, 0.05, activation)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps if steps is not None else epochs)
     return Task(
         model=model,
         loss=nn.functional.cross_entropy,
@@ -67,6 +72,7 @@ def task(
         test_data=read_records(Path(where), TEST_FILES, limit),
         batch_size=batch_size,
         epochs=epochs,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
+        scheduler=cosine if steps is None else None,
+        step_scheduler=cosine if steps is not None else None,
         augment=crop_and_flip,
     )
