@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -265,7 +264,6 @@ def _run_all(bench: Bench, methods: Sequence[Method], seeds: Sequence[int], resu
     with contextlib.ExitStack() as stack:
         lab = None
         if bench.rate is not None and left:
-            stack.enter_context(_termination_unwinds())
             lab = stack.enter_context(Lab(bench.workers, bench.rate))
         for number, (seed, method) in enumerate(left, 1):
             started = time.perf_counter()
@@ -281,20 +279,6 @@ def _run_all(bench: Bench, methods: Sequence[Method], seeds: Sequence[int], resu
             print(
                 f"{number}/{len(left)}  {method.name}, seed {seed}: {said} ({took:.0f} s)", file=sys.stderr, flush=True
             )
-
-
-@contextlib.contextmanager
-def _termination_unwinds() -> Iterator[None]:
-    """SIGTERM ends this process as an exception does: no host is left behind."""
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _report(
