@@ -270,6 +270,18 @@ def test_cifar10_can_be_limited(tmp_path: Path) -> None:
     assert len(images) == len(labels) == 4
 
 
+def rates_of_steps(task: Task, steps: int) -> list[list[float]]:
+    """Train: the learning rates, one a parameter group, that each step was taken with."""
+    trainer = Trainer(task, torch.device("cpu"))
+    assert isinstance(task.train_data, tuple)
+    images, labels = task.train_data
+    rates = []
+    for _ in range(steps):
+        rates.append([group["lr"] for group in task.optimizer.param_groups])
+        trainer.step(images[:4], labels[:4])
+    return rates
+
+
 def test_cifar10_can_anneal_by_steps(tmp_path: Path) -> None:
     write_cifar10(tmp_path, records=8)
     function = load(str(EXAMPLES / "cifar10.py"))
@@ -279,16 +291,9 @@ def test_cifar10_can_anneal_by_steps(tmp_path: Path) -> None:
     assert by_epochs.scheduler is not None
     task = function.build([*settings, "steps=4"])
     assert task.scheduler is None
-    trainer = Trainer(task, torch.device("cpu"))
-    assert isinstance(task.train_data, tuple)
-    images, labels = task.train_data
-    rates = []
-    for _ in range(5):
-        rates.append(task.optimizer.param_groups[0]["lr"])
-        trainer.step(images[:4], labels[:4])
     cosine = [0.1 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
-    assert rates == pytest.approx(cosine, abs=1e-9)
-    with pytest.raises(ConfigError, match=r"steps must be at least 1.*got 0"):
+    assert [rate for (rate,) in rates_of_steps(task, 5)] == pytest.approx(cosine, abs=1e-9)
+    with pytest.raises(ConfigError, match="cifar10: steps=0 is not allowed; steps must be an integer >= 1"):
         function.build([*settings, "steps=0"])
 
 

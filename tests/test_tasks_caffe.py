@@ -6,15 +6,14 @@ import math
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
+from test_tasks import rates_of_steps, write_cifar10
 from torch import nn
 
 from gradcomp.errors import ConfigError
 from gradcomp.examples.tasks.caffe_policies import CaffePolicy, Policy
 from gradcomp.integrations.tasks import load
-from gradcomp.integrations.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -74,17 +73,8 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 def test_cifar10_quick_follows_its_policy_step_by_step(tmp_path: Path) -> None:
-    records = np.random.default_rng(0).integers(0, 10, (4, 3073), dtype=np.uint8)
-    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
-        records.tofile(tmp_path / name)
+    write_cifar10(tmp_path)
     task = load("gradcomp.examples.tasks.cifar10_quick").build([f"data={tmp_path}", "stepvalue=[2,3]"], batch_size=4)
     assert task.scheduler is None
-    trainer = Trainer(task, torch.device("cpu"))
-    assert isinstance(task.train_data, tuple)
-    images, labels = task.train_data
-    rates = []
-    for _ in range(4):
-        rates.append([group["lr"] for group in task.optimizer.param_groups])
-        trainer.step(images[:4], labels[:4])
-    assert rates == [pytest.approx([lr, 2 * lr]) for lr in (1e-3, 1e-3, 1e-4, 1e-5)]
+    assert rates_of_steps(task, 4) == [pytest.approx([lr, 2 * lr]) for lr in (1e-3, 1e-3, 1e-4, 1e-5)]
     assert [len(group["params"]) for group in task.optimizer.param_groups] == [5, 5]

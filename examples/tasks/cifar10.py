@@ -21,6 +21,7 @@ from gradcomp.examples.tasks.cifar10_data import TEST_FILES, TRAIN_FILES, read_r
 from gradcomp.examples.tasks.image_networks import alexnet, resnet20, vgg11, vgg16
 from gradcomp.examples.tasks.images import crop_and_flip
 from gradcomp.integrations.tasks import Task
+from gradcomp.options import check_integer
 
 __all__ = ["NETWORKS", "alexnet", "crop_and_flip", "read_records", "resnet20", "task", "vgg11", "vgg16"]
 
@@ -52,8 +53,8 @@ def task(
     follows half a cosine down to zero over the epochs, or over ``steps`` steps of a worker, for a run of an epoch or
     two. Momentum is low because a residual is one already.
     """
-    if steps is not None and steps < 1:
-        raise ConfigError(f"steps must be at least 1: the steps of a worker in all its epochs, got {steps}")
+    if steps is not None:
+        check_integer("cifar10", "steps", steps, at_least=1)
     where = folder if folder is not None else data
     if where is None:
         raise ConfigError(
@@ -63,7 +64,7 @@ def task(
     model = NETWORKS[network](activation)
     rate = learning_rate(lr, 0.05, activation)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps if steps is not None else epochs)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs if steps is None else steps)
     return Task(
         model=model,
         loss=nn.functional.cross_entropy,
@@ -73,6 +74,6 @@ def task(
         batch_size=batch_size,
         epochs=epochs,
         scheduler=cosine if steps is None else None,
-        step_scheduler=cosine if steps is not None else None,
+        step_scheduler=None if steps is None else cosine,
         augment=crop_and_flip,
     )
