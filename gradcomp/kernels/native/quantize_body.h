@@ -1,3 +1,5 @@
+#include "pack_body.h"
+
 template <bool kResidual> GRADCOMP_INLINE float sum(const float *grad, const float *residual, std::size_t i) {
     return kResidual ? residual[i] + grad[i] : grad[i];
 }
@@ -193,12 +195,7 @@ GRADCOMP_INLINE bool encode_range(const Job &job, std::size_t start, std::size_t
             }
             if (kForm == Form::ternary && most >= kInfinity) return false;
             for (std::size_t i = count; i % 8; ++i) codes[i] = 0;
-            std::uint8_t *packed = job.codes + packed_nbytes(start, job.bits);
-            done = 0;
-#if GRADCOMP_LEVEL >= 2
-            if (job.bits < 8) done = pack_vectors(codes, packed_nbytes(count, job.bits), job.bits, packed);
-#endif
-            pack_codes(codes + done, count - done, job.bits, packed + packed_nbytes(done, job.bits));
+            pack_some(codes, count, job.bits, job.codes + packed_nbytes(start, job.bits));
         }
         start = end;
     }

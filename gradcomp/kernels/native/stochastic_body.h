@@ -1,3 +1,4 @@
+#include "pack_body.h"
 #include "random_body.h"
 #include "sums_body.h"
 
@@ -59,7 +60,36 @@ GRADCOMP_INLINE std::uint8_t code_of(float acc, std::uint32_t chance, const Scal
     return static_cast<std::uint8_t>(code + scale.bias);
 }
 
-#if GRADCOMP_LEVEL >= 2
+#if GRADCOMP_LEVEL >= 512
+struct Spread {  // a Scale, in every lane
+    __m512 scale, inverse, levels;
+    __m512i bias;
+};
+
+// As code_of(), for sixteen elements.
+template <Form kForm>
+GRADCOMP_INLINE __m128i codes_of(__m512 acc, __m512i chance, const Spread &scale, __m512 &value) {
+    const __m512i zero = _mm512_setzero_si512();
+    const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(acc));
+    const __m512 scaled = _mm512_mul_ps(_mm512_abs_ps(acc), scale.inverse);
+    if (kForm == Form::powers) {
+        const __m512i carried = _mm512_add_epi32(_mm512_castps_si512(scaled), chance);
+        const __m512i exponent = _mm512_min_epi32(_mm512_srli_epi32(carried, 23), _mm512_set1_epi32(127));
+        const __mmask16 below = _mm512_mask_cmpneq_epi32_mask(negative, exponent, zero);
+        const __m512i sign = _mm512_maskz_set1_epi32(below, 0x80);
+        const __m512i power = _mm512_or_si512(_mm512_slli_epi32(exponent, 23), _mm512_slli_epi32(sign, 24));
+        value = _mm512_mul_ps(_mm512_castsi512_ps(power), scale.scale);
+        return _mm512_cvtepi32_epi8(_mm512_or_si512(_mm512_xor_si512(exponent, _mm512_set1_epi32(127)), sign));
+    }
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 random = _mm512_sub_ps(_mm512_or_ps(_mm512_castsi512_ps(chance), one), one);
+    const __m512i whole = _mm512_cvttps_epi32(_mm512_add_ps(_mm512_min_ps(scaled, scale.levels), random));
+    const __m512i code = _mm512_mask_sub_epi32(whole, negative, zero, whole);
+    value = _mm512_mul_ps(scale.scale, _mm512_cvtepi32_ps(code));
+    if (kForm == Form::ternary) return _mm512_cvtepi32_epi8(_mm512_mask_add_epi32(whole, negative, whole, whole));
+    return _mm512_cvtepi32_epi8(_mm512_add_epi32(code, scale.bias));
+}
+#elif GRADCOMP_LEVEL >= 2
 struct Spread {  // a Scale, in every lane
     __m256 scale, inverse, levels;
     __m256i bias;
@@ -90,14 +120,46 @@ GRADCOMP_INLINE __m256i codes_of(__m256 acc, __m256i chance, const Spread &scale
 }
 #endif
 
-// Codes, a byte each, of elements at..at+count-1 of the tensor; at is a multiple of 8.
+// Codes, a byte each, of up to eight elements from `at` on, which is a multiple of 8.
+template <Form kForm, bool kResidual, bool kUpdate>
+GRADCOMP_INLINE void quantize_eight(const Job &job, std::size_t at, std::size_t count, const Scale &scale, Draw &draw,
+                                    std::uint8_t *codes) {
+    const float *grad = job.grad + at;
+    float *residual = kResidual ? job.residual + at : nullptr;
+    const std::uint32_t *chances = chances_at(draw, at);
+    for (std::size_t i = 0; i < count; ++i) {
+        const float acc = sum<kResidual>(grad, residual, i);
+        float value;
+        codes[i] = code_of<kForm>(acc, chances[i], scale, value);
+        if (kUpdate) residual[i] = acc - value;
+    }
+}
+
+// The same of elements at..at+count-1; at is a multiple of 8.
 template <Form kForm, bool kResidual, bool kUpdate>
 GRADCOMP_INLINE void quantize(const Job &job, std::size_t at, std::size_t count, const Scale &scale, Draw &draw,
                               std::uint8_t *codes) {
-    const float *grad = job.grad + at;
-    float *residual = kResidual ? job.residual + at : nullptr;
     std::size_t i = 0;
 #if GRADCOMP_LEVEL >= 2
+    const float *grad = job.grad + at;
+    float *residual = kResidual ? job.residual + at : nullptr;
+#endif
+#if GRADCOMP_LEVEL >= 512
+    const Spread spread{_mm512_set1_ps(scale.scale), _mm512_set1_ps(scale.inverse), _mm512_set1_ps(scale.levels),
+                        _mm512_set1_epi32(scale.bias)};
+    if (at % 16 != 0 && count >= 8) {
+        quantize_eight<kForm, kResidual, kUpdate>(job, at, 8, scale, draw, codes);
+        i = 8;
+    }
+    for (; i + 16 <= count; i += 16) {
+        const __m512i chance = _mm512_load_si512(chances_at(draw, at + i));
+        __m512 acc = _mm512_loadu_ps(grad + i);
+        if (kResidual) acc = _mm512_add_ps(_mm512_loadu_ps(residual + i), acc);
+        __m512 value;
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), codes_of<kForm>(acc, chance, spread, value));
+        if (kUpdate) _mm512_storeu_ps(residual + i, _mm512_sub_ps(acc, value));
+    }
+#elif GRADCOMP_LEVEL >= 2
     const Spread spread{_mm256_set1_ps(scale.scale), _mm256_set1_ps(scale.inverse), _mm256_set1_ps(scale.levels),
                         _mm256_set1_epi32(scale.bias)};
     const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works within halves of a register
@@ -119,14 +181,7 @@ GRADCOMP_INLINE void quantize(const Job &job, std::size_t at, std::size_t count,
     }
 #endif
     for (; i < count; i += 8) {
-        const std::uint32_t *chances = chances_at(draw, at + i);
-        const std::size_t length = count - i < 8 ? count - i : 8;
-        for (std::size_t k = 0; k < length; ++k) {
-            const float acc = sum<kResidual>(grad, residual, i + k);
-            float value;
-            codes[i + k] = code_of<kForm>(acc, chances[k], scale, value);
-            if (kUpdate) residual[i + k] = acc - value;
-        }
+        quantize_eight<kForm, kResidual, kUpdate>(job, at + i, count - i < 8 ? count - i : 8, scale, draw, codes + i);
     }
 }
 
@@ -158,7 +213,7 @@ GRADCOMP_INLINE bool encode(const Job &job, std::size_t start, std::size_t stop)
             const std::size_t some = count - done < kCodesAtOnce ? count - done : kCodesAtOnce;
             quantize<kForm, kResidual, kUpdate>(job, at + done, some, scale, draw, codes);
             for (std::size_t i = some; i % 8; ++i) codes[i] = 0;
-            pack_codes(codes, some, job.bits, job.codes + packed_nbytes(at + done, job.bits));
+            pack_some(codes, some, job.bits, job.codes + packed_nbytes(at + done, job.bits));
         }
     }
     return true;
