@@ -101,7 +101,9 @@ def test_one_of_any_length(run: Any, numel: int, compressor: str) -> None:
         with connected(transport, compressor="none") as sync:
             mine = vector(sync.rank, numel)
             before = sync.stats()["bytes_sent"]
-            return sync.all_reduce(mine, reduction="mean", compressor=compressor), sync.stats()["bytes_sent"] - before
+            total = sync.all_reduce(mine, reduction="mean", compressor=compressor)
+            sync.average(torch.zeros(1))  # only what the others have is sent for sure, and they say so with this
+            return total, sync.stats()["bytes_sent"] - before
 
     found = run(4, rank_main)
     expected = torch.stack([vector(rank, numel) for rank in range(4)]).mean(0)
@@ -111,7 +113,7 @@ def test_one_of_any_length(run: Any, numel: int, compressor: str) -> None:
     if run in (run_ranks, run_zmq) and numel > 100_000:
         width = 4 if compressor == "none" else 2
         for _, sent in found:  # 2 (N - 1)/N of a vector
-            assert 1.5 * width * numel - 8 <= sent < 1.52 * width * numel
+            assert 1.5 * width * numel - 8 <= sent < 1.52 * width * numel + 1000
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

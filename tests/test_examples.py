@@ -59,5 +59,7 @@ def test_the_scripts_with_servers(script: str, options: tuple[str, ...]) -> None
     for result in results:
         assert result["updates"] >= 3 * (1400 // 16) // 2
         assert result["accuracy"] > 40
+        if result.get("steps") == 1:
+            continue  # it came when the other was done, and has pushed nothing: that takes two steps
         assert result["ratio"] > 30
         assert result["pull_ratio"] > 30

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +17,12 @@ from torch import Tensor
 
 import gradcomp
 from gradcomp import testing_transport
-from gradcomp.errors import ConfigError, PacketError, PeerLost, TransportTimeout
+from gradcomp.errors import ConfigError, PacketError, PeerLost, TransportError, TransportTimeout
 from gradcomp.exchanges.auto import Auto
 from gradcomp.interfaces import MY_TURN, Slot, Transport
+from gradcomp.transports.group_collectives import PendingSum
 from gradcomp.transports.group_frames import BYE, DATA, FRAME_BYTES, HELLO, NO_SLOT, Frame, Outgoing
+from gradcomp.transports.mailbox import Mailbox
 from gradcomp.transports.torch_distributed import GlooTransport, NcclTransport, TorchTransport
 
 TIMEOUT_S = 20.0
@@ -218,6 +222,47 @@ def test_a_swap_names_the_rank_that_left() -> None:
             assert found.value.peer == 1
 
     run_gloo(2, body, payloads="device")
+
+
+def test_what_the_backend_calls_does_not_hold_the_group() -> None:
+    """Gloo's thread lets go of it last, perhaps; a group that ends on its own thread waits for itself, and aborts."""
+
+    class Future:
+        def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+            callbacks.append(callback)
+
+        def value(self) -> None:
+            raise RuntimeError("broken off\nand so on")
+
+    class Work:
+        def get_future(self) -> Future:
+            return Future()
+
+    class Group:
+        def allreduce(self, tensors: list[Tensor], options: Any) -> Work:
+            return Work()
+
+    class Link:
+        def __init__(self) -> None:
+            self.group, self.finished = group, 1
+
+    class Links:
+        def __init__(self) -> None:
+            self.links, self.finished = {1: Link()}, 0
+
+    callbacks: list[Callable[[Any], None]] = []
+    group = Group()
+    ended = weakref.ref(group)
+    pending: Any = PendingSum(group, torch.zeros(3), Mailbox(0, TIMEOUT_S), Links())  # type: ignore[arg-type]
+    [part] = pending.parts(Slot(0, 0, 0))
+    assert not part.done
+    callbacks[0](Future())
+    assert part.failed
+    with pytest.raises(TransportError, match="the all-reduce failed: broken off$"):
+        part.result()
+    del group, pending, part
+    gc.collect()
+    assert ended() is None
 
 
 # -- which group -----------------------------------------------------------------------------------------------------

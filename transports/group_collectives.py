@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -31,11 +32,10 @@ class PendingSum:
     """
 
     def __init__(self, group: Any, total: Tensor, mailbox: Mailbox, courier: Courier) -> None:
-        self.finished = False
         self.rank = mailbox.rank
         self.timeout_s = mailbox.timeout_s
         self.arrival = mailbox.arrival
-        self._reason = ""
+        self._outcome = _Outcome(mailbox.arrival)
         self._mailbox = mailbox
         self._links = courier.links
         self._number = courier.finished
@@ -43,12 +43,17 @@ class PendingSum:
         # Who waits for it gives up first, and can say what for.
         options.timeout = timedelta(seconds=self.timeout_s + _MORE_PATIENCE_S)
         self._work = group.allreduce([total], options)
-        self._work.get_future().add_done_callback(self._finish)
+        self._work.get_future().add_done_callback(self._outcome.settle)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is over, one way or the other."""
+        return self._outcome.finished
 
     @property
     def failed(self) -> bool:
         """Whether the backend gave up."""
-        return self.finished and bool(self._reason)
+        return self.finished and bool(self._outcome.reason)
 
     def parts(self, slot: Slot) -> list[Incoming]:
         """What to wait for: the part of each other rank."""
@@ -71,19 +76,32 @@ class PendingSum:
             self.arrival.wait_for(lambda: any(self._was_killed(peer) for peer in self._links), _LOSS_S)
         peers = sorted(self._links, key=self._was_killed, reverse=True)
         lost = next(filter(None, map(self.lost, peers)), None)
-        return lost or TransportError(f"rank {self.rank}: the all-reduce failed: {self._reason}")
+        return lost or TransportError(f"rank {self.rank}: the all-reduce failed: {self._outcome.reason}")
 
     def _was_killed(self, peer: int) -> bool:
         return self._mailbox.lost(peer) is not None and self._links[peer].finished is None
 
-    def _finish(self, future: torch.futures.Future[Any]) -> None:
+
+class _Outcome:
+    """How an all-reduce ended: what the backend's own thread calls, and lets go of afterwards.
+
+    It must not hold the group, nor anything that does: if that were the last reference, the group would end on its own
+    thread, wait for it, and take the process down.
+    """
+
+    def __init__(self, arrival: threading.Condition) -> None:
+        self.finished = False
+        self.reason = ""
+        self._arrival = arrival
+
+    def settle(self, future: torch.futures.Future[Any]) -> None:
         try:
             future.value()
         except Exception as error:
-            self._reason = _reason(error)
-        with self.arrival:
+            self.reason = _reason(error)
+        with self._arrival:
             self.finished = True
-            self.arrival.notify_all()
+            self._arrival.notify_all()
 
 
 class _Part(Incoming):
