@@ -7,6 +7,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,25 +243,18 @@ def test_what_the_backend_calls_does_not_hold_the_group() -> None:
         def allreduce(self, tensors: list[Tensor], options: Any) -> Work:
             return Work()
 
-    class Link:
-        def __init__(self) -> None:
-            self.group, self.finished = group, 1
-
-    class Links:
-        def __init__(self) -> None:
-            self.links, self.finished = {1: Link()}, 0
-
     callbacks: list[Callable[[Any], None]] = []
     group = Group()
     ended = weakref.ref(group)
-    pending: Any = PendingSum(group, torch.zeros(3), Mailbox(0, TIMEOUT_S), Links())  # type: ignore[arg-type]
+    courier: Any = SimpleNamespace(links={1: SimpleNamespace(group=group, finished=1)}, finished=0)
+    pending = PendingSum(group, torch.zeros(3), Mailbox(0, TIMEOUT_S), courier)
     [part] = pending.parts(Slot(0, 0, 0))
     assert not part.done
     callbacks[0](Future())
     assert part.failed
-    with pytest.raises(TransportError, match="the all-reduce failed: broken off$"):
+    with pytest.raises(TransportError, match=r"the all-reduce failed: broken off$"):
         part.result()
-    del group, pending, part
+    del group, courier, pending, part
     gc.collect()
     assert ended() is None
 
