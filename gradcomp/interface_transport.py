@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar, final
 
@@ -200,6 +200,11 @@ class Transport(Configured, ABC):
             TransportError: not connected, or closed.
         """
 
+    def send_to_all(self, peers: Iterable[int], slot: Slot, parts: Sequence[Buffer]) -> None:
+        """:meth:`send` the same to several peers, in this order; a transport may have a cheaper way."""
+        for peer in peers:
+            self.send(peer, slot, parts)
+
     @abstractmethod
     def recv(self, peer: int, slot: Slot) -> Incoming:
         """Ask for the message ``peer`` sends to ``slot``; returns at once, whether it is here or not."""
@@ -276,7 +281,6 @@ class Transport(Configured, ABC):
         """Every rank's ``payload`` for ``slot``, in rank order. Blocks; raises as :meth:`wait`."""
         peers = [peer for peer in range(self.world_size) if peer != self.rank]
         incoming = [self.recv(peer, slot) for peer in peers]
-        for peer in peers:
-            self.send(peer, slot, [payload])
+        self.send_to_all(peers, slot, [payload])
         found = dict(zip(peers, self.wait(incoming), strict=True))
         return [memoryview(payload) if peer == self.rank else found[peer] for peer in range(self.world_size)]

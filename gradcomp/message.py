@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from gradcomp.interfaces import Buffer
 from gradcomp.lanes import joins, page_locked, to_device, to_host
 from gradcomp.packet import HEADER_NBYTES, Packet
 
-__all__ = ["Head", "Message", "max_message_bytes", "on_any_rank"]
+__all__ = ["Head", "Message", "max_message_bytes", "on_any_rank", "together"]
 
 _COUNTS = struct.Struct("<II")
 _LENGTH = struct.Struct("<Q")
@@ -219,3 +220,16 @@ def max_message_bytes(pieces: Sequence[Piece], parameters: int) -> int:
 def on_any_rank(messages: Sequence[Message]) -> tuple[bool, ...]:
     """For each of the bucket's parameters, whether any sender had a gradient."""
     return tuple(any(flags) for flags in zip(*(message.present for message in messages), strict=True))
+
+
+def together(outgoing: Iterable[tuple[int, Message]]) -> Iterator[tuple[list[int], Message]]:
+    """Peers and messages, in order: who gets the same message one after the other gets it at once.
+
+    Not if messages are still to be made, as an iterator's are: each is to be on its way while the next one is made.
+    """
+    if isinstance(outgoing, Sequence):
+        for _, same in groupby(outgoing, key=lambda pair: id(pair[1])):
+            pairs = list(same)
+            yield [peer for peer, _ in pairs], pairs[0][1]
+    else:
+        yield from (([peer], message) for peer, message in outgoing)

@@ -21,7 +21,7 @@ from gradcomp.gradients import Gradients
 from gradcomp.interfaces import MY_TURN, Buffer, Commit, Compressor, Incoming, Slot, State, Transport, Work
 from gradcomp.lanes import short_tensor
 from gradcomp.memory import empty_floats
-from gradcomp.message import Head, Message, on_any_rank
+from gradcomp.message import Head, Message, on_any_rank, together
 from gradcomp.packet import Packet
 from gradcomp.rounds import Rounds, join
 from gradcomp.states import StateStore
@@ -146,8 +146,8 @@ class BucketWork(Work):
         if self._transport.carries(self._device):
             return (yield from self._swap_on_device(stage, outgoing, expected))
         incoming = {peer: self.recv(peer, stage) for peer in expected}
-        for peer, message in outgoing:
-            self.send(peer, stage, message)
+        for peers, message in together(outgoing):
+            self._transport.send_to_all(peers, self._slot(stage), message.buffers)
         yield list(incoming.values())
         return {peer: self.parse(pieces, incoming.pop(peer)) for peer, pieces in expected.items()}
 

@@ -14,7 +14,7 @@ import struct
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -209,23 +209,30 @@ class ZmqTransport(Transport):
         self._courier = Courier(self.rank, context, router, links, self._mailbox, self._bits_per_s)
         # Also at exit: the peers learn that this rank leaves, and what it sent gets out.
         self._finalizer = weakref.finalize(self, self._courier.close, _PATIENCE_S)
-        greeting = Outgoing([packed], MAX_CHUNK_BYTES)
-        for link in links:
-            self._courier.post(link.peer, Letter(HELLO, NO_SLOT, greeting))
+        self._courier.post([link.peer for link in links], Letter(HELLO, NO_SLOT, Outgoing([packed], MAX_CHUNK_BYTES)))
         return full_hello
 
     def send(self, peer: int, slot: Slot, parts: Sequence[Buffer]) -> None:
-        courier = self._check_open(peer, slot)
-        lost = self._mailbox.lost(peer)
-        if lost is not None:
-            raise lost.with_traceback(None)
+        self.send_to_all([peer], slot, parts)
+
+    def send_to_all(self, peers: Iterable[int], slot: Slot, parts: Sequence[Buffer]) -> None:
+        """All at once: the thread that sends is woken once."""
+        peers = list(peers)
+        for peer in peers:
+            self._check_open(peer, slot)
+            lost = self._mailbox.lost(peer)
+            if lost is not None:
+                raise lost.with_traceback(None)
+        if not peers:
+            return
         message = self._last
         if message is None or not message.same_as(parts):
             message = Outgoing(parts, self._chunk_bytes)
             if message.total > self._max_message_bytes:
                 raise ValueError(f"message of {message.total} bytes; {self._max_message_bytes} were agreed on")
             self._last = message  # an all-gather sends the same parts to everybody
-        courier.post(peer, Letter(DATA, slot, message))
+        assert self._courier is not None
+        self._courier.post(peers, Letter(DATA, slot, message))
 
     def recv(self, peer: int, slot: Slot) -> Incoming:
         self._check_open(peer, slot)
@@ -248,15 +255,13 @@ class ZmqTransport(Transport):
         if os.getpid() != self._pid:
             raise TransportError(f"rank {self.rank}: a transport does not survive fork; make one in the child")
 
-    def _check_open(self, peer: int, slot: Slot) -> Courier:
+    def _check_open(self, peer: int, slot: Slot) -> None:
         self._check_process()
         if self._closed:
             raise TransportError(f"rank {self.rank}: the transport is closed")
         if not self._connected:
             raise TransportError(f"rank {self.rank}: the transport is not connected")
         check_address(self, peer, slot)
-        assert self._courier is not None
-        return self._courier
 
 
 def _last_endpoint(bound: zmq.Socket[bytes]) -> str:

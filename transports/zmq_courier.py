@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import zmq
@@ -72,10 +72,10 @@ class Courier:
 
     # Called by other threads.
 
-    def post(self, peer: int, letter: Letter) -> None:
-        """Leave a letter for ``peer``; returns at once."""
+    def post(self, peers: Iterable[int], letter: Letter) -> None:
+        """Leave a letter for each of ``peers``; returns at once."""
         with self._lock:
-            self._posted.append((peer, letter))
+            self._posted += [(peer, letter) for peer in peers]
             self._wake()
 
     def close(self, patience_s: float) -> None:
