@@ -23,6 +23,9 @@ from gradcomp.rules import Choice, choose_for
 
 __all__ = ["Bucket", "DenseRule", "Parameter", "Piece", "Unit", "plan_buckets", "tensor_table"]
 
+# Of a bucket: what may go along with a tensor that is larger than that.
+_LITTLE = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRule:
@@ -136,12 +139,17 @@ class Bucket:
 
 
 def plan_buckets(table: Sequence[Parameter], bucket_bytes: int) -> list[Bucket]:
-    """Cut the tensor table, from its end, into buckets of at most ``bucket_bytes`` of float32 (or one tensor)."""
+    """Cut the tensor table, from its end, into buckets of at most ``bucket_bytes`` of float32.
+
+    A tensor that is larger goes by itself, but for the little that may be waiting when it comes, its own layer's bias
+    as a rule: a bucket costs the same whatever is in it.
+    """
     groups: list[list[int]] = []
     filled = 0
     for position in reversed(range(len(table))):
         size = 4 * table[position].numel
-        if not groups or filled + size > bucket_bytes:
+        joins = size > bucket_bytes and filled <= bucket_bytes // _LITTLE
+        if not groups or (filled + size > bucket_bytes and not joins):
             groups.append([])
             filled = 0
         groups[-1].append(position)

@@ -72,8 +72,8 @@ def attach(
             waits for its own parameters. The results are the same bits. It needs ``model`` and an optimizer of
             ``torch.optim``; between ``backward()`` and ``optimizer.step()`` gradients must be left alone, and
             whoever reads parameters by themselves calls ``sync.wait()`` first. Best with small buckets.
-        bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32. Smaller ones start
-            earlier, larger ones cost fewer messages.
+        bucket_bytes: gradients are exchanged in buckets of at most so many bytes of float32, or one larger tensor and
+            the small ones just before it. Smaller buckets start earlier, larger ones cost fewer messages.
         digest_every: every so many steps all replicas are compared bit for bit; 0 never.
         dense: ``dense(name, parameter)`` is true for parameters that go uncompressed; default
             ``gradcomp.DenseRule()``: fewer than 2 dimensions or than 1024 elements. Not asked about what a rule names.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from gradcomp.bucket import (
     tensor_table,
 )
 from gradcomp.compressors.cast import NoCompression
-from gradcomp.message import Head, Message, max_message_bytes
+from gradcomp.message import Head, Message, max_message_bytes, together
 from gradcomp.packet import Packet
 
 SPARSE = gradcomp.compressor("topk:ratio=0.1")
@@ -34,6 +35,17 @@ def test_buckets_run_backwards_and_hold_at_most_bucket_bytes() -> None:
     buckets = plan_buckets(table_of(10, 20, 30, 500, 1), bucket_bytes=4 * 60)
     assert [bucket.parameters for bucket in buckets] == [(4,), (3,), (2, 1, 0)]
     assert [bucket.index for bucket in buckets] == [0, 1, 2]
+
+
+def test_what_little_waits_goes_along_with_a_tensor_that_fills_more_than_a_bucket() -> None:
+    """A bias with the dense layer that it comes just before; a bucket of its own would cost as much as the layer's."""
+    limit = 64 * 10  # elements: up to 10 of them go along
+    cut = plan_buckets(table_of(3, 900, 4, 700, 6, 5), bucket_bytes=4 * limit)
+    assert [bucket.parameters for bucket in cut] == [(5, 4), (3,), (2, 1), (0,)]  # 11 elements were too many
+    cut = plan_buckets(table_of(3, 900, 4, 700, 6, 4), bucket_bytes=4 * limit)
+    assert [bucket.parameters for bucket in cut] == [(5, 4, 3), (2, 1), (0,)]
+    cut = plan_buckets(table_of(640, 4), bucket_bytes=4 * limit)  # one that fits into a bucket does not overfill it
+    assert [bucket.parameters for bucket in cut] == [(1,), (0,)]
 
 
 def test_small_and_one_dimensional_tensors_are_joined_and_go_dense() -> None:
@@ -188,3 +200,20 @@ def test_heads_and_payloads_make_the_message_again() -> None:
     wrong[:4] = 255
     with pytest.raises(gradcomp.PacketError):
         head.message(wrong)
+
+
+def test_who_gets_the_same_message_gets_it_at_once_unless_the_next_is_still_to_be_made() -> None:
+    one, other = Message((), (True,)), Message((), (True,))
+    assert list(together([(2, one), (1, one), (0, other), (3, one)])) == [([2, 1], one), ([0], other), ([3], one)]
+    assert list(together([])) == []
+
+    made: list[int] = []
+
+    def making() -> Iterator[tuple[int, Message]]:
+        for peer in range(3):
+            made.append(peer)
+            yield peer, one
+
+    for count, (peers, message) in enumerate(together(making()), start=1):
+        assert (peers, message) == ([count - 1], one)
+        assert len(made) == count
