@@ -49,7 +49,7 @@ class GradientExchange(Session):
             is called; ``"ddp"``: by somebody who calls :meth:`ready` and :meth:`exchange`.
         overlap: ``"backward"``: an exchange is over when :meth:`exchange` returns; ``"forward"``: it is in flight then,
             and lands in :meth:`wait`, or bucket by bucket for somebody who asks :attr:`ahead` for that.
-        bucket_bytes: gradients are exchanged in buckets of about so many bytes of float32 (see :func:`gradcomp.attach`).
+        bucket_bytes: gradients are exchanged in buckets of about so many bytes (see :func:`gradcomp.attach`).
         digest_every: every so many steps replicas are compared; 0 never.
         dense: which parameters go uncompressed; called with name and parameter.
         loss_scale: what gradients are multiples of (torch.amp.GradScaler's scale), asked once in each step.
