@@ -229,8 +229,7 @@ class Host:
         parts: list[Buffer] = [flags]
         if not self._on_device:
             parts.insert(0, to_host(values).view(torch.uint8).numpy().data)
-        for peer in peers:
-            self._local.send(peer, slot, parts)
+        self._local.send_to_all(peers, slot, parts)
 
     def _parse(self, incoming: Incoming, bucket: Bucket, dtype: torch.dtype, *, extra: int) -> tuple[Tensor, bytes]:
         """Values and flags; memory for the values where these go from device to device.

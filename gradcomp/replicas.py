@@ -83,8 +83,7 @@ def _gather(transport: Transport, number: int, nbytes: int) -> bytearray:
     peers = [peer for peer in range(1, transport.world_size) if peer != transport.rank]
     incoming: dict[int, Incoming] = {peer: transport.recv(peer, Slot(number, BROADCAST_BUCKET, 2)) for peer in peers}
     (own,) = transport.wait([transport.recv(0, Slot(number, BROADCAST_BUCKET, 1))])
-    for peer in peers:
-        transport.send(peer, Slot(number, BROADCAST_BUCKET, 2), [own])
+    transport.send_to_all(peers, Slot(number, BROADCAST_BUCKET, 2), [own])
     transport.wait(list(incoming.values()))
     data = bytearray().join(
         own if r == transport.rank else incoming[r].result() for r in range(1, transport.world_size)

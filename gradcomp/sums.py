@@ -44,8 +44,7 @@ def sum_over_ranks(
     parts = [local[start:stop] for start, stop in pairwise(cuts)]
     own = yield from _sum_of(transport, slot, parts[rank], {peer: parts[peer] for peer in others}, divisor)
     second = slot._replace(stage=slot.stage + 1)
-    for peer in others:
-        transport.send(peer, second, [_bytes(own)])
+    transport.send_to_all(others, second, [_bytes(own)])
     incoming = {peer: transport.recv(peer, second) for peer in others}
     yield list(incoming.values())
     sums = [own if i == rank else _values(incoming[i], parts[i]) for i in range(world_size)]
